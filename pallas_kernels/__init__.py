@@ -1,0 +1,1 @@
+"""Pallas kernels for bsjax: bare arrays and a frozen `Config` in, arrays out."""
