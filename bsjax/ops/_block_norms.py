@@ -1,0 +1,67 @@
+"""`block_norms`: how large each block of a dense gradient is, without forming it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from bsjax.ops import _reference
+from bsjax.ops import _validate as validate
+from bsjax.pattern._validate import pair, size
+
+
+def block_norms(
+    x: Any, dy: Any, block: int | tuple[int, int], *, key: Array, rank: int = 8
+) -> Float[Array, "r c"]:
+    """Estimate `||x^T dy||_F` of every block `(br, bc)` of the dense gradient, in float32.
+
+    Each block-row of features is projected by a random `R[br, rank]` and each block-column by
+    `Q[bc, rank]`, with N(0, 1 / rank) entries, and `M = (x R)^T (dy Q)` is `rank x rank` per block:
+    `E ||M||_F^2 = ||x^T dy||_F^2`. The cost is `(rank / b)^2` of the dense gradient. A side that is
+    not longer than `rank` is used as it is, so `rank >= max(block)` is exact.
+
+    Leading axes of `x[..., k]` and `dy[..., m]` are summed over. This is the score by which
+    patterns grow; it has no derivative. After the block-reduced gradient of Gray, Radford and
+    Kingma 2017, whose norm products are replaced here by a random sketch, which sees cancellation.
+    """
+    op = "block_norms"
+    x, dy = validate.array(op, "x", x), validate.array(op, "dy", dy)
+    br, bc = pair(op, "block", block)
+    rank = size(op, "rank", rank, least=1)
+    key = _key(op, key)
+    for name, array, side in (("x", x, br), ("dy", dy, bc)):
+        if array.ndim == 0 or array.shape[-1] % side:
+            raise ValueError(
+                f"{op}: the features of `{name}`, shape {array.shape}, must be a multiple of the "
+                f"block side {side}: pad them with zeros."
+            )
+    validate.same_lead(op, x, dy, "dy")
+    x, dy = jax.lax.stop_gradient((x, dy))
+    left, right = jax.random.split(key)
+    x, dy = _sketch(x, br, rank, left), _sketch(dy, bc, rank, right)
+    m = jnp.einsum("nra,ncb->racb", x, dy, precision="highest", preferred_element_type=jnp.float32)
+    return jnp.sqrt(jnp.square(m).sum((1, 3)))
+
+
+def _sketch(x: Array, side: int, rank: int, key: Array) -> Array:
+    """`[..., blocks * side] -> [n, blocks, min(side, rank)]`, one projection per block."""
+    dtype = _reference.accumulator(x)
+    blocks = x.shape[-1] // side
+    x = x.astype(dtype).reshape(-1 if x.size else 0, blocks, side)
+    if rank >= side:
+        return x
+    project = jax.random.normal(key, (blocks, side, rank), dtype) / jnp.asarray(rank, dtype) ** 0.5
+    return jnp.einsum("nbs,bsr->nbr", x, project, precision="highest")
+
+
+def _key(op: str, key: Any) -> Array:
+    """A PRNG key, typed or raw; an integer seed is a mistake that would repeat silently."""
+    if hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0:
+        return key
+    if hasattr(key, "dtype") and key.dtype == jnp.uint32 and key.shape == (2,):
+        return jax.random.wrap_key_data(jnp.asarray(key))
+    raise TypeError(
+        f"{op}: `key` must be one PRNG key, got {key!r}: make one with jax.random.key(seed) and "
+        "split it for every call."
+    )

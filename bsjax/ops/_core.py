@@ -1,0 +1,124 @@
+"""The two products and their derivatives, which are the same two products.
+
+    y = x @ S            dx = dy @ S^T  (the other transpose, the same values)
+                         dvalues = sddmm(x, dy)
+    v = sddmm(x, y)      dx = y @ dv^T,  dy = x @ dv     with dv in the place of the values
+
+They call each other, so they live in one file. A core never sees a bad shape, and no public
+function ever sees a cotangent.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from bsjax.ops import _dense, _mesh, _reference, _xla
+from bsjax.pattern import BlockPattern
+
+_IMPLEMENTATIONS = {"xla": _xla, "dense": _dense, "reference": _reference}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Spec:
+    """The static part of a product."""
+
+    name: str
+    precision: Any
+    out_dtype: Any
+
+
+def matmul(spec: Spec, transpose: bool, x: Array, values: Array, p: BlockPattern) -> Array:
+    """`x[n, :] @ S` or `x @ S^T`, in `spec.out_dtype`."""
+    x, values, p = _same_axes(x, values, p)
+    # the reference is differentiated by plain autodiff: that is what makes it the law
+    product = _run_matmul if spec.name == "reference" else _matmul
+    return product(spec, transpose, x, values, p)
+
+
+def sddmm(spec: Spec, x: Array, y: Array, p: BlockPattern) -> Array:
+    """The stored blocks of `x[n, :]^T y[n, :]`, in `spec.out_dtype`."""
+    x, y, p = _same_axes(x, y, p)
+    product = _run_sddmm if spec.name == "reference" else _sddmm
+    return product(spec, x, y, p)
+
+
+def _run_matmul(spec: Spec, transpose: bool, x: Array, values: Array, p: BlockPattern) -> Array:
+    x, values = _one_dtype(x, values)
+    run = functools.partial(
+        _IMPLEMENTATIONS[spec.name].matmul,
+        transpose=transpose,
+        precision=spec.precision,
+        out_dtype=spec.out_dtype,
+    )
+    return _mesh.matmul(run, x, values, p)
+
+
+def _run_sddmm(spec: Spec, x: Array, y: Array, p: BlockPattern) -> Array:
+    x, y = _one_dtype(x, y)
+    run = functools.partial(
+        _IMPLEMENTATIONS[spec.name].sddmm, precision=spec.precision, out_dtype=spec.out_dtype
+    )
+    return _mesh.sddmm(run, x, y, p)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _matmul(spec: Spec, transpose: bool, x: Array, values: Array, p: BlockPattern) -> Array:
+    return _run_matmul(spec, transpose, x, values, p)
+
+
+def _matmul_fwd(spec, transpose, x, values, p):
+    return _run_matmul(spec, transpose, x, values, p), (x, values, p)
+
+
+def _matmul_bwd(spec, transpose, residuals, dy):
+    x, values, p = residuals
+    dy = jnp.asarray(dy)  # a cotangent may be a NumPy array
+    dx = _matmul(_to(spec, x), not transpose, dy, values, p)
+    pair = (dy, x) if transpose else (x, dy)
+    dvalues = _sddmm(_to(spec, values), *pair, p)
+    return dx, dvalues, None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sddmm(spec: Spec, x: Array, y: Array, p: BlockPattern) -> Array:
+    return _run_sddmm(spec, x, y, p)
+
+
+def _sddmm_fwd(spec, x, y, p):
+    return _run_sddmm(spec, x, y, p), (x, y, p)
+
+
+def _sddmm_bwd(spec, residuals, dv):
+    x, y, p = residuals
+    dv = jnp.asarray(dv)
+    dx = _matmul(_to(spec, x), True, y, dv, p)
+    dy = _matmul(_to(spec, y), False, x, dv, p)
+    return dx, dy, None
+
+
+_matmul.defvjp(_matmul_fwd, _matmul_bwd)
+_sddmm.defvjp(_sddmm_fwd, _sddmm_bwd)
+
+
+def _one_dtype(a: Array, b: Array) -> tuple[Array, Array]:
+    dtype = jnp.promote_types(a.dtype, b.dtype)
+    return a.astype(dtype), b.astype(dtype)
+
+
+def _to(spec: Spec, like: Array) -> Spec:
+    """A derivative has the dtype of what it is the derivative of, rounded once."""
+    return dataclasses.replace(spec, out_dtype=like.dtype)
+
+
+def _same_axes(*trees: Any) -> Any:
+    """Cast all arguments to vary over the union of their mesh axes (shard_map with its checks).
+
+    A cotangent varies over all of them, so an argument that did not would be refused by
+    `custom_vjp`; the transpose of this cast is the sum over devices that the gradient needs.
+    """
+    axes = _mesh.varying(*jax.tree.leaves(trees))
+    return jax.tree.map(lambda a: _mesh.vary(a, axes), trees)

@@ -1,0 +1,203 @@
+"""The public products: what users call, with every argument checked before anything runs."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from bsjax.ops import _core, _reference
+from bsjax.ops import _validate as validate
+from bsjax.ops._choose import Implementation, Problem, choose
+from bsjax.pattern import BlockPattern
+
+type Activation = str | Callable[[Array], Array]
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": jax.nn.relu,
+    "gelu": jax.nn.gelu,
+    "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
+    "sigmoid": jax.nn.sigmoid,
+}
+
+
+def matmul(
+    x: Any,
+    values: Any,
+    p: BlockPattern,
+    *,
+    transpose: bool = False,
+    gate: Any = None,
+    bias: Any = None,
+    activation: Activation | None = None,
+    residual: Any = None,
+    precision: Any = None,
+    implementation: Implementation = "auto",
+) -> Float[Array, "*n m"]:
+    """`y[..., m] = activation(x[..., k] @ S[k, m] + bias[m]) + residual[..., m]`.
+
+    S is zero outside the stored blocks, which are `values[e, br, bc]`. With `transpose=True` the
+    product is `x[..., m] @ S^T`, from the same values. `gate[e]` scales each stored block, and its
+    gradient is `<dS, values>` per block.
+
+    Sums are kept in float32 (float64 for float64 operands); `y` has the dtype of `x`, rounded
+    once. `precision=None` means full float32 for float32 operands.
+
+    `activation` is one of "relu", "gelu" (tanh form), "silu", "tanh", "sigmoid", or a function.
+
+    Differentiable in reverse mode to any order, in x, values, gate, bias and residual: dx is the
+    other transpose, dvalues is `sddmm(x, dy, p)`. Forward mode (`jax.jvp`, `jax.hessian`) does not
+    exist for a `custom_vjp`; use `jax.jacrev` twice, or implementation="reference".
+
+    After Gray, Radford and Kingma 2017, "GPU Kernels for Block-Sparse Weights".
+    """
+    op = "matmul"
+    p = validate.pattern(op, p)
+    x, values = validate.array(op, "x", x), validate.values(op, "values", values, p)
+    k, m = p.shape[::-1] if transpose else p.shape
+    validate.last_axis(op, "x", x, k, p, "multiply the transpose of" if transpose else "multiply")
+    out_shape = (*x.shape[:-1], m)
+    if gate is not None:
+        gate = validate.array(op, "gate", gate)
+        validate.shape(op, "gate", gate, (p.capacity,), "one number for each slot")
+        values = _gated(values, gate, p)
+    if bias is not None:
+        bias = validate.array(op, "bias", bias)
+        validate.shape(op, "bias", bias, (m,), "one number for each feature of the output")
+    if residual is not None:
+        residual = validate.array(op, "residual", residual)
+        validate.shape(op, "residual", residual, out_shape, "that of the output")
+    act = _activation(op, activation)
+    # an epilogue works on the unrounded sums
+    bare = bias is None and act is None and residual is None
+    dtype = x.dtype if bare else _reference.accumulator(x, values)
+    spec = _spec(op, x, p, precision, implementation, dtype)
+    y = _core.matmul(spec, transpose, x.reshape(_tokens(x), k), values, p).reshape(out_shape)
+    if bias is not None:
+        y = y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
+    if act is not None:
+        y = act(y)
+    if residual is not None:
+        y = y + residual.astype(y.dtype)
+    return y.astype(x.dtype)
+
+
+def sddmm(
+    x: Any,
+    y: Any,
+    p: BlockPattern,
+    *,
+    precision: Any = None,
+    implementation: Implementation = "auto",
+) -> Float[Array, "e br bc"]:
+    """The stored blocks of `x[..., k]^T @ y[..., m]`, summed over all leading axes.
+
+    Sampled dense-dense matrix multiplication: slot `i` is block-row `row[i]` of x^T times
+    block-column `col[i]` of y; spare slots are zeros. This is the gradient of `matmul` in its
+    values. Sums are kept in float32; the result has the common dtype of `x` and `y`, rounded once.
+    Differentiable in reverse mode to any order: both derivatives are a `matmul`.
+    """
+    op = "sddmm"
+    p = validate.pattern(op, p)
+    x, y = validate.array(op, "x", x), validate.array(op, "y", y)
+    validate.last_axis(op, "x", x, p.shape[0], p, "be the left side of")
+    validate.last_axis(op, "y", y, p.shape[1], p, "be the right side of")
+    validate.same_lead(op, x, y)
+    n = _tokens(x)
+    spec = _spec(op, x, p, precision, implementation, jnp.promote_types(x.dtype, y.dtype))
+    return _core.sddmm(spec, x.reshape(n, p.shape[0]), y.reshape(n, p.shape[1]), p)
+
+
+def glu(
+    x: Any,
+    gate_values: Any,
+    up_values: Any,
+    p: BlockPattern,
+    *,
+    activation: Activation = "silu",
+    precision: Any = None,
+    implementation: Implementation = "auto",
+) -> Float[Array, "*n m"]:
+    """`activation(x @ G) * (x @ U)`: the gated linear unit of two matrices with one pattern.
+
+    G and U are `gate_values[e, br, bc]` and `up_values[e, br, bc]`. Both products read x once, as
+    one product with blocks twice as wide. Dtypes, precision and derivatives are those of `matmul`.
+    After Shazeer 2020, "GLU Variants Improve Transformer".
+    """
+    op = "glu"
+    p = validate.pattern(op, p)
+    x = validate.array(op, "x", x)
+    gate_values = validate.values(op, "gate_values", gate_values, p)
+    up_values = validate.values(op, "up_values", up_values, p)
+    validate.last_axis(op, "x", x, p.shape[0], p, "multiply")
+    act = _activation(op, activation)
+    if act is None:
+        raise ValueError(
+            f"{op}: `activation` must not be None: a product of two linear maps has no gate."
+        )
+    dtype = jnp.promote_types(gate_values.dtype, up_values.dtype)
+    both = jnp.concatenate([gate_values.astype(dtype), up_values.astype(dtype)], axis=2)
+    (r, c), (br, bc) = p.grid, p.block
+    pair = BlockPattern(p.row, p.col, (r, c), (br, 2 * bc))
+    spec = _spec(op, x, pair, precision, implementation, _reference.accumulator(x, both))
+    y = _core.matmul(spec, False, x.reshape(_tokens(x), p.shape[0]), both, pair)
+    y = y.reshape(*x.shape[:-1], c, 2, bc)
+    y = act(y[..., 0, :]) * y[..., 1, :]
+    return y.reshape(*x.shape[:-1], c * bc).astype(x.dtype)
+
+
+def todense(values: Any, p: BlockPattern) -> Float[Array, "k m"]:
+    """The matrix `S[k, m]`: zero but for the stored blocks `values[e, br, bc]`.
+
+    Spare slots are dropped. The derivative is `fromdense`.
+    """
+    p = validate.pattern("todense", p)
+    return _reference.todense(validate.values("todense", "values", values, p), p)
+
+
+def fromdense(array: Any, p: BlockPattern) -> Float[Array, "e br bc"]:
+    """The stored blocks of `array[k, m]`, zeros in spare slots. The derivative is `todense`.
+
+    What lies outside the stored blocks is left out: that is what a pattern says.
+    """
+    p = validate.pattern("fromdense", p)
+    array = validate.array("fromdense", "array", array)
+    validate.shape("fromdense", "array", array, p.shape, "that of the pattern")
+    return _reference.fromdense(array, p)
+
+
+def _tokens(x: Array) -> int:
+    """All leading axes as one (also where the last axis is empty, so -1 would not do)."""
+    return math.prod(x.shape[:-1])
+
+
+def _spec(
+    op: str, x: Array, p: BlockPattern, precision: Any, wanted: str, dtype: Any
+) -> _core.Spec:
+    problem = Problem(
+        op=op, n=_tokens(x), grid=p.grid, block=p.block, capacity=p.capacity, dtype=x.dtype
+    )
+    name = choose(problem, wanted)
+    return _core.Spec(name, validate.precision(op, precision), dtype)
+
+
+def _activation(op: str, wanted: Activation | None) -> Callable[[Array], Array] | None:
+    if wanted is None or callable(wanted):
+        return wanted
+    if wanted not in ACTIVATIONS:
+        names = ", ".join(f'"{name}"' for name in ACTIVATIONS)
+        raise ValueError(
+            f"{op}: `activation` must be a function or one of {names}, got {wanted!r}."
+        )
+    return ACTIVATIONS[wanted]
+
+
+def _gated(values: Array, gate: Array, p: BlockPattern) -> Array:
+    """`gate * values` before rounding. A spare slot may hold anything, NaN too, and the gradient of
+    its gate is zero all the same."""
+    dtype = _reference.accumulator(values, gate)
+    stored = (p.col < p.grid[1])[:, None, None]
+    return jnp.where(stored, values.astype(dtype), 0) * gate.astype(dtype)[:, None, None]

@@ -1,0 +1,76 @@
+"""What each operation means: dense, plain autodiff, no speed. This is the law for the others.
+
+The axis glossary. A letter means one thing in the whole library.
+
+n          tokens (all leading axes of x, flattened)
+k, m       features in, features out:  y[n, m] = x[n, k] @ S[k, m]
+br, bc     sides of one block
+r, c       block-rows and block-columns of S:  k == r * br,  m == c * bc
+e          slots, ordered by block-column, then by block-row
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from bsjax.pattern import BlockPattern
+
+
+def todense(values: Float[Array, "e br bc"], p: BlockPattern) -> Float[Array, "k m"]:
+    """`S[k, m]`: zero but for the stored blocks. Spare slots are dropped."""
+    (r, c), (br, bc) = p.grid, p.block
+    blocks = jnp.zeros((r, c, br, bc), values.dtype).at[p.row, p.col].add(values, mode="drop")
+    return blocks.swapaxes(1, 2).reshape(r * br, c * bc)
+
+
+def fromdense(array: Float[Array, "k m"], p: BlockPattern) -> Float[Array, "e br bc"]:
+    """The stored blocks of `array[k, m]`; zeros in spare slots."""
+    (r, c), (br, bc) = p.grid, p.block
+    blocks = array.reshape(r, br, c, bc).swapaxes(1, 2)
+    return blocks.at[p.row, p.col].get(mode="fill", fill_value=0)
+
+
+def matmul(
+    x: Float[Array, "n i"],
+    values: Float[Array, "e br bc"],
+    p: BlockPattern,
+    *,
+    transpose: bool,
+    precision: Any,
+    out_dtype: Any,
+) -> Float[Array, "n o"]:
+    """`x @ S`, or `x @ S^T`."""
+    dense = todense(values, p)
+    return jax.lax.dot_general(
+        x,
+        dense,
+        (((1,), (1 if transpose else 0,)), ((), ())),
+        precision=precision,
+        preferred_element_type=accumulator(x, values),
+    ).astype(out_dtype)
+
+
+def sddmm(
+    x: Float[Array, "n k"],
+    y: Float[Array, "n m"],
+    p: BlockPattern,
+    *,
+    precision: Any,
+    out_dtype: Any,
+) -> Float[Array, "e br bc"]:
+    """The stored blocks of `x^T y`."""
+    dense = jax.lax.dot_general(
+        x,
+        y,
+        (((0,), (0,)), ((), ())),
+        precision=precision,
+        preferred_element_type=accumulator(x, y),
+    )
+    return fromdense(dense, p).astype(out_dtype)
+
+
+def accumulator(*arrays: Any) -> Any:
+    """The dtype sums are kept in: at least float32, float64 where an operand has it."""
+    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)

@@ -1,0 +1,105 @@
+"""What can be wrong with the arguments of an operation, and what to do about it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bsjax.pattern import BlockPattern, is_concrete
+from bsjax.pattern._validate import sorted_coords
+
+KINDS = "float32, bfloat16, float16 or float64"
+
+
+def array(op: str, name: str, value: Any, ndim: int | None = None) -> jax.Array:
+    """A floating-point array with `ndim` axes."""
+    if isinstance(value, BlockPattern):
+        raise TypeError(
+            f"{op}: `{name}` is a BlockPattern, expected an array: the pattern comes last."
+        )
+    if not hasattr(value, "dtype") or not hasattr(value, "shape"):
+        raise TypeError(
+            f"{op}: `{name}` must be an array, got {type(value).__name__}: wrap it in jnp.asarray."
+        )
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(
+            f"{op}: `{name}` must be floating point ({KINDS}), got {value.dtype}: "
+            f"cast it first, for example `{name}.astype(jnp.float32)`."
+        )
+    if ndim is not None and len(value.shape) != ndim:
+        raise ValueError(f"{op}: `{name}` must have {ndim} axes, got shape {tuple(value.shape)}.")
+    return jnp.asarray(value)
+
+
+def pattern(op: str, p: Any) -> BlockPattern:
+    """A single pattern, with int32 coordinates that are in order where they can be seen."""
+    if not isinstance(p, BlockPattern):
+        hint = ": build one with BlockPattern.from_mask(mask, block=...)"
+        raise TypeError(f"{op}: `p` must be a BlockPattern, got {type(p).__name__}{hint}.")
+    for name, leaf in (("row", p.row), ("col", p.col)):
+        if leaf.dtype != jnp.int32:
+            raise TypeError(
+                f"{op}: `p.{name}` must be int32, got {leaf.dtype}. Coordinates are indices: leave "
+                "them out when a model is cast or averaged (with nnx, update only nnx.Param; else "
+                "cast only floating-point leaves)."
+            )
+    if p.row.ndim != 1 or p.col.shape != p.row.shape:
+        raise ValueError(
+            f"{op}: expected one pattern with leaves [e], got row {tuple(p.row.shape)} and col "
+            f"{tuple(p.col.shape)}: use jax.vmap over the leading axes."
+        )
+    if is_concrete(p.row, p.col) and getattr(p.row, "is_fully_addressable", True):
+        sorted_coords(op, np.asarray(p.row), np.asarray(p.col), p.grid)
+    return p
+
+
+def values(op: str, name: str, value: Any, p: BlockPattern) -> jax.Array:
+    """Values `[e, br, bc]` of `p`."""
+    value = array(op, name, value)
+    wanted = (p.capacity, *p.block)
+    if value.shape != wanted:
+        raise ValueError(
+            f"{op}: `{name}` of shape {value.shape} does not fit the pattern: expected "
+            f"(e, br, bc) = {wanted}, one block for each slot."
+        )
+    return value
+
+
+def last_axis(op: str, name: str, value: jax.Array, size: int, p: BlockPattern, doing: str) -> None:
+    """The features of an activation."""
+    if value.ndim == 0 or value.shape[-1] != size:
+        raise ValueError(
+            f"{op}: `{name}` of shape {value.shape} cannot {doing} a sparse matrix of shape "
+            f"{p.shape}: expected (..., {size})."
+        )
+
+
+def same_lead(op: str, x: jax.Array, y: jax.Array, name: str = "y") -> None:
+    """Two activations over the same tokens."""
+    if x.shape[:-1] != y.shape[:-1]:
+        raise ValueError(
+            f"{op}: `x` and `{name}` must have the same leading axes, got shapes {x.shape} and "
+            f"{y.shape}."
+        )
+
+
+def shape(op: str, name: str, value: jax.Array, wanted: tuple[int, ...], meaning: str) -> None:
+    """An exact shape."""
+    if value.shape != wanted:
+        raise ValueError(
+            f"{op}: `{name}` of shape {value.shape} must have shape {wanted}, {meaning}."
+        )
+
+
+def precision(op: str, value: Any) -> Any:
+    """None means full float32 for float32 operands."""
+    if value is None:
+        return jax.lax.Precision.HIGHEST
+    try:
+        return jax.lax.Precision(value)
+    except ValueError:
+        names = ", ".join(f'"{p.name.lower()}"' for p in jax.lax.Precision)
+        raise ValueError(
+            f"{op}: `precision` must be None, a jax.lax.Precision or one of {names}, got {value!r}."
+        ) from None
