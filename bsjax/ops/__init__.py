@@ -1,10 +1,11 @@
 """The operations on block-sparse matrices."""
 
 from bsjax.ops._block_norms import block_norms as block_norms
+from bsjax.ops._choose import Implementation as Implementation
 from bsjax.ops._products import fromdense as fromdense
 from bsjax.ops._products import glu as glu
 from bsjax.ops._products import matmul as matmul
 from bsjax.ops._products import sddmm as sddmm
 from bsjax.ops._products import todense as todense
 
-__all__ = ["block_norms", "fromdense", "glu", "matmul", "sddmm", "todense"]
+__all__ = ["Implementation", "block_norms", "fromdense", "glu", "matmul", "sddmm", "todense"]

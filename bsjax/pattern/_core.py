@@ -156,8 +156,8 @@ class BlockPattern:
         # ours are sorted by column, so one stable sort by row gives (row, column)
         order = stable_argsort(row)
         row, col = (xp.take_along_axis(a, order, axis=-1) for a in (row, col))
-        flipped = BlockPattern(as_leaf(col), as_leaf(row), self.grid[::-1], self.block[::-1])
-        return flipped, as_leaf(order)
+        (r, c), (br, bc) = self.grid, self.block
+        return BlockPattern(as_leaf(col), as_leaf(row), (c, r), (bc, br)), as_leaf(order)
 
     def equals(self, other: Any) -> bool:
         """Whether two concrete patterns have the same sizes, capacity and coordinates."""

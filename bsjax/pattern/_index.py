@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Int
 
 
@@ -17,7 +18,7 @@ def is_concrete(*arrays: Any) -> bool:
     """Whether all values can be seen while Python runs (no tracers, no shape placeholders)."""
     return all(
         isinstance(a, np.ndarray | np.generic | int | list | tuple | bool)
-        or (isinstance(a, jax.Array) and not isinstance(a, jax.core.Tracer))
+        or (isinstance(a, jax.Array) and not isinstance(a, Tracer))
         for a in arrays
     )
 

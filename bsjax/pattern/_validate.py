@@ -96,7 +96,7 @@ def coords(row: Any, col: Any, grid: tuple[int, int]) -> tuple[Any, Any]:
             f"{checked[1].shape[0]}."
         )
     if xp is np:
-        in_range("from_coords", *checked, grid)
+        in_range("from_coords", checked[0], checked[1], grid)
     return checked[0].astype(xp.int32), checked[1].astype(xp.int32)
 
 

@@ -1,6 +1,5 @@
 """What can be wrong with an argument of a generator or a diagnostic, and what to do about it."""
 
-import math
 import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,11 +21,11 @@ else:
 
 
 def count(
-    where: str, name: str, value: object, least: int, most: float = math.inf, why: str = ""
+    where: str, name: str, value: object, least: int, most: int | None = None, why: str = ""
 ) -> int:
     """A whole number from `least` to `most`; `why` explains the limits."""
-    expected = f"from {least} to {most}" if most < math.inf else f"of at least {least}"
-    expected = f"`{name}` must be a whole number {expected}"
+    limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+    expected = f"`{name}` must be a whole number {limits}"
     if isinstance(value, bool | np.bool_):
         raise TypeError(f"{where}: {expected}, got the bool {value}: give a count.{why}")
     try:
@@ -36,7 +35,7 @@ def count(
             f"{where}: {expected}, got {value!r} of type {type(value).__name__}: "
             f"convert it with int(...) or round(...).{why}"
         ) from None
-    if not least <= number <= most:
+    if number < least or (most is not None and number > most):
         remedy = "raise" if number < least else "lower"
         raise ValueError(f"{where}: {expected}, got {number}: {remedy} it.{why}")
     return number

@@ -57,23 +57,23 @@ def balanced(
     mask = np.zeros((r, c), bool)
     mask[np.arange(stored) % r, column] = True
     mask = mask[rng.permutation(r)][:, rng.permutation(c)]
-    for _ in range(8 + r.bit_length()):
-        _trade(mask, rng)
+    _trade(mask, 8 + r.bit_length(), rng)
     return mask
 
 
-def _trade(mask: Mask, rng: np.random.Generator) -> None:
+def _trade(mask: Mask, rounds: int, rng: np.random.Generator) -> None:
     """Pairs all rows at random; each pair deals anew, in place, what only one of the two has."""
     half = len(mask) // 2
-    order = rng.permutation(len(mask))
-    a, b = mask[order[:half]], mask[order[half : 2 * half]]
-    either = a != b
-    keys = np.where(either, rng.random(either.shape), 1.0)
-    rank = np.empty(either.shape, int)
-    np.put_along_axis(rank, keys.argsort(axis=1), np.arange(mask.shape[1])[None], axis=1)
-    to_a = either & (rank < (a & either).sum(axis=1, keepdims=True))
-    mask[order[:half]] = a & ~either | to_a
-    mask[order[half : 2 * half]] = b & ~either | either & ~to_a
+    for _ in range(rounds):
+        one, other = rng.permutation(len(mask))[: 2 * half].reshape(2, half)
+        a, b = mask[one], mask[other]
+        either = a != b
+        keys = np.where(either, rng.random(either.shape), 1.0)
+        rank = np.empty(either.shape, int)
+        np.put_along_axis(rank, keys.argsort(axis=1), np.arange(mask.shape[1])[None], axis=1)
+        to_one = rank < (a & either).sum(axis=1, keepdims=True)
+        mask[one] = np.where(either, to_one, a)
+        mask[other] = np.where(either, ~to_one, b)
 
 
 def banded(grid: Grid, width: Count) -> Mask:

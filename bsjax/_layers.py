@@ -1,0 +1,64 @@
+"""What the modules of both Flax dialects share, so that neither has arithmetic of its own."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from bsjax import ops
+from bsjax.pattern import BlockPattern
+
+
+def as_pattern(layer: str, pattern: Any, block: int | tuple[int, int] | None) -> BlockPattern:
+    """A `BlockPattern`, or a bool mask together with `block`."""
+    if not isinstance(pattern, BlockPattern):
+        if block is None:
+            raise ValueError(
+                f"{layer}: `pattern` is a mask, so its block size is not known: give `block=`, for "
+                "example block=64, or a BlockPattern."
+            )
+        return BlockPattern.from_mask(pattern, block)
+    sides = (block, block) if isinstance(block, int) else block
+    if sides is not None and tuple(sides) != pattern.block:
+        raise ValueError(
+            f"{layer}: `block` is {tuple(sides)} but the pattern has blocks {pattern.block}: leave "
+            "`block` out when a BlockPattern is given."
+        )
+    return pattern
+
+
+def check_features(layer: str, p: BlockPattern, **features: int) -> None:
+    """The grid must be as many blocks as the features need, the last one padded."""
+    for (name, size), side, count in zip(features.items(), p.block, p.grid, strict=True):
+        if -(-size // side) != count:
+            low, high = (count - 1) * side + 1, count * side
+            raise ValueError(
+                f"{layer}: {name}={size} needs {-(-size // side)} blocks of {side}, but `pattern` "
+                f"has a grid {p.grid} of blocks {p.block}: its {name} may be {low} to {high}."
+            )
+
+
+def linear(
+    x: Float[Array, "*n k"],
+    values: Float[Array, "e br bc"],
+    bias: Float[Array, " m"] | None,
+    p: BlockPattern,
+    *,
+    layer: str,
+    in_features: int | None,
+    out_features: int,
+    precision: Any,
+    implementation: Any,
+) -> Float[Array, "*n m"]:
+    """`x @ S + bias` for features that blocks do not divide: zeros in, surplus columns out."""
+    if in_features is not None and x.shape[-1] != in_features:
+        raise ValueError(
+            f"{layer}: expected inputs of shape (..., {in_features}), got {tuple(x.shape)}."
+        )
+    k, m = p.shape
+    if x.shape[-1] < k:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, k - x.shape[-1])])
+    if bias is not None and out_features < m:
+        bias = jnp.pad(bias, (0, m - out_features))
+    y = ops.matmul(x, values, p, bias=bias, precision=precision, implementation=implementation)
+    return y[..., :out_features]

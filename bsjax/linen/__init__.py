@@ -1,0 +1,6 @@
+"""Flax Linen modules: parameters only, the arithmetic is in `bsjax.ops`."""
+
+import bsjax._serialization  # noqa: F401 - registers BlockPattern with flax.serialization
+from bsjax.linen._linear import BlockLinear as BlockLinear
+
+__all__ = ["BlockLinear"]

@@ -1,0 +1,7 @@
+"""Flax NNX modules: parameters only, the arithmetic is in `bsjax.ops`."""
+
+import bsjax._serialization  # noqa: F401 - registers BlockPattern with flax.serialization
+from bsjax.nnx._linear import BlockLinear as BlockLinear
+from bsjax.nnx._linear import Pattern as Pattern
+
+__all__ = ["BlockLinear", "Pattern"]
