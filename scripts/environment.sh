@@ -41,10 +41,10 @@ create() {
 }
 
 install() { # shows what pip does, but leaves its complaints to the log
-    "$python" -m pip install --log "$log" "$@" 2>>"$log" && return
+    "$python" -m pip install "$@" 2>>"$log" && return
     # pip refuses before it touches anything, so what worked before still does
     $new || rm -f "$unfinished"
-    fail "pip could not install what $folder needs (no network?); its full output is in $log"
+    fail "pip could not install what $folder needs (no network?); the reason is in $log"
 }
 
 trap 'exit 130' INT TERM
@@ -58,6 +58,7 @@ else
     create
 fi
 : >"$unfinished"
+: >"$log"
 install 'pip>=25.1' # the first that knows --group
 install "$@"
 printf '%s\n' "$state" >"$stamp"
