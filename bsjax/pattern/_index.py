@@ -37,7 +37,8 @@ def stable_argsort(keys: Any) -> Any:
 def pointers(sorted_keys: Any, size: int) -> Int[Array, " size+1"]:
     """Where each of `size` groups starts in `sorted_keys`; the last entry is where spares begin."""
     xp = namespace(sorted_keys)
-    return xp.searchsorted(xp.asarray(sorted_keys), xp.arange(size + 1)).astype(xp.int32)
+    found = xp.searchsorted(xp.asarray(sorted_keys), xp.arange(size + 1))
+    return as_leaf(found)  # loops on the device index it with a tracer, which NumPy cannot
 
 
 def as_leaf(array: Any) -> Any:
