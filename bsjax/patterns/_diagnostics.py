@@ -21,7 +21,7 @@ else:
     MaskLikes = object
 
 # reach[j] is the set of sources that reach target j, one bit each.
-type Reach = UInt64[np.ndarray, "c words"]
+type Reach = UInt64[np.ndarray, "_ words"]
 
 
 class Links(NamedTuple):
@@ -154,7 +154,7 @@ def degree_balance(mask: MaskLike) -> DegreeBalance:
     return DegreeBalance(*(Degrees(int(n.min()), float(n.mean()), int(n.max())) for n in counts))
 
 
-def _check_follow(chain: list[Mask], steps: int) -> None:
+def _check_follow(chain: list[np.ndarray], steps: int) -> None:
     """What one step reaches, the next one must start from, for as many pairs as occur."""
     for s in range(1, min(steps, len(chain) + 1)):
         before, here = chain[s - 1], chain[s % len(chain)]
