@@ -1,6 +1,6 @@
 """`BlockPattern`: the coordinates of the stored blocks of a sparse matrix."""
 
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ class BlockPattern:
     # ------------------------------------------------------------------ construction
 
     @classmethod
-    def from_mask(cls, mask: Any, block: Pair, *, capacity: int | None = None) -> Self:
+    def from_mask(cls, mask: Any, block: Pair, *, capacity: int | None = None) -> "BlockPattern":
         """The pattern that stores the True blocks of `mask` (r, c); `block` is `b` or `(br, bc)`.
 
         `capacity` (at least the number of True entries) makes room for more blocks; it must be
@@ -80,7 +80,7 @@ class BlockPattern:
     @classmethod
     def from_coords(
         cls, row: Any, col: Any, *, grid: Pair, block: Pair, capacity: int | None = None
-    ) -> tuple[Self, Int32[Array, " e"]]:
+    ) -> tuple["BlockPattern", Int32[Array, " e"]]:
         """The pattern that stores blocks `(row[i], col[i])`, given in any order.
 
         Returns `(pattern, order)`: slot `i` of the pattern is entry `order[i]` of the input, so
@@ -194,7 +194,7 @@ class BlockPattern:
         return (self.row, self.col), (self.grid, self.block)
 
     @classmethod
-    def tree_unflatten(cls, static: Any, leaves: Any) -> Self:
+    def tree_unflatten(cls, static: Any, leaves: Any) -> "BlockPattern":
         p = object.__new__(cls)
         for name, value in zip(("row", "col", "grid", "block"), (*leaves, *static), strict=True):
             object.__setattr__(p, name, value)
