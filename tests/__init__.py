@@ -1,0 +1,1 @@
+"""The proof. Files mirror the library: tests/ops proves bsjax/ops."""
