@@ -161,7 +161,8 @@ def undocumented(module):
 def methods(cls):
     """Names of the public methods and properties that `cls` defines itself."""
     for name, thing in vars(cls).items():
-        defined = getattr(thing, "__qualname__", "") == f"{cls.__qualname__}.{name}"
+        qualname = getattr(thing, "__qualname__", "") if callable(thing) else ""
+        defined = qualname == f"{cls.__qualname__}.{name}"
         described = isinstance(thing, property | classmethod | staticmethod)
         if (defined or described) and not name.startswith("_") and name not in PROTOCOLS:
             yield name
