@@ -36,7 +36,9 @@ create() {
         fail "$base lacks the venv module: install it (Debian, Ubuntu: apt install python3-venv)\
  or name another: make ${GOAL:-demo} PYTHON=python3.13"
     printf 'Making %s with %s (%s)\n' "$folder" "$base" "$("$base" -V 2>&1)"
-    { : >"$unfinished" && rm -rf "$folder" && "$base" -m venv "$folder"; } >/dev/null 2>&1 ||
+    { touch "$unfinished" && rm -rf "$folder"; } 2>/dev/null ||
+        fail "cannot write $folder in $PWD: make the folder writable, or clone to another place"
+    "$base" -m venv "$folder" >/dev/null 2>&1 ||
         fail "\`$base -m venv $folder\` did not succeed; run it to see why"
 }
 
@@ -57,8 +59,8 @@ else
     new=true
     create
 fi
-: >"$unfinished"
-: >"$log"
+touch "$unfinished"
+rm -f "$log"
 install 'pip>=25.1' # the first that knows --group
 install "$@"
 printf '%s\n' "$state" >"$stamp"

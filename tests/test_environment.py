@@ -239,6 +239,16 @@ def test_a_python_without_venv(checkout):
     )
 
 
+def test_a_folder_that_cannot_be_written(checkout):
+    (checkout / ".venv.unfinished").symlink_to("/nowhere/at/all")  # root may write anything else
+    status, error, _ = environment(checkout)
+    assert status == 1
+    assert error == (
+        f"make demo: cannot write .venv in {checkout}: "
+        "make the folder writable, or clone to another place\n"
+    )
+
+
 def test_make_says_one_line(tmp_path):
     old = fake(tmp_path / "old", "3.9.1")
     done = subprocess.run(
