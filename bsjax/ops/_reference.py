@@ -71,6 +71,12 @@ def sddmm(
     return fromdense(dense, p).astype(out_dtype)
 
 
+def common_dtype(*dtypes: Any) -> Any:
+    """The dtype that holds all of them, also where JAX is told to promote nothing silently."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
+
+
 def accumulator(*arrays: Any) -> Any:
     """The dtype sums are kept in: at least float32, float64 where an operand has it."""
-    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+    return common_dtype(*(a.dtype for a in arrays), jnp.float32)
