@@ -42,6 +42,7 @@ else
         while [ -n "$rest" ]; do
             folder=${rest%%:*}
             rest=${rest#*:}
+            case $folder in "$PWD"/.venv*) continue ;; esac # ours, active: about to be removed
             [ ! -x "${folder:-.}/$name" ] || accept "${folder:-.}/$name"
         done
     done

@@ -131,7 +131,7 @@ def checkout(tmp_path):
     return checkout
 
 
-def environment(checkout, python="", pip="works"):
+def environment(checkout, python="", pip="works", path=""):
     """Makes the environment; returns the exit status, the errors and what pip was asked for."""
     calls = checkout / "calls"
     calls.write_text("", encoding="utf-8")
@@ -139,7 +139,7 @@ def environment(checkout, python="", pip="works"):
         ["scripts/environment.sh", ".venv", "demo", "-e", ".[recipes]"],
         cwd=checkout,
         env={
-            "PATH": f"{checkout}/bin:/usr/bin:/bin",
+            "PATH": f"{path}{checkout}/bin:/usr/bin:/bin",
             "PYTHON": str(python),
             "GOAL": "demo",
             "CALLS": str(calls),
@@ -191,6 +191,13 @@ def test_an_interpreter_that_is_gone_starts_over(checkout):
     environment(checkout)
     (checkout / ".venv" / "bin" / "python").unlink()
     assert environment(checkout) == (0, "", INSTALLED)
+
+
+def test_an_activated_environment_is_not_made_from_itself(checkout):
+    environment(checkout)
+    (checkout / ".venv.unfinished").touch()
+    shutil.copy(checkout / "bin" / "python3", checkout / ".venv" / "bin" / "python3")
+    assert environment(checkout, path=f"{checkout}/.venv/bin:") == (0, "", INSTALLED)
 
 
 @pytest.mark.parametrize("how", ["fails", "killed"])
