@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bsjax.ops import _reference
+from bsjax.ops import _mesh, _reference
 from bsjax.ops import _validate as validate
 from bsjax.pattern._validate import pair, size
 
@@ -39,20 +39,32 @@ def block_norms(
     validate.same_lead(op, x, dy, "dy")
     x, dy = jax.lax.stop_gradient((x, dy))
     left, right = jax.random.split(key)
-    x, dy = _sketch(x, br, rank, left), _sketch(dy, bc, rank, right)
-    m = jnp.einsum("nra,ncb->racb", x, dy, precision="highest", preferred_element_type=jnp.float32)
-    return jnp.sqrt(jnp.square(m).sum((1, 3)))
+    sides = (br, bc)
+    projections = _projection(x, br, rank, left), _projection(dy, bc, rank, right)
+
+    def sketch(x: Array, dy: Array, projections: Any) -> Float[Array, "r a c b"]:
+        left, right = (
+            _project(a, side, q) for a, side, q in zip((x, dy), sides, projections, strict=True)
+        )
+        return jnp.einsum("nra,ncb->racb", left, right, precision="highest")
+
+    m = _mesh.over_tokens(sketch, x, dy, projections)
+    return jnp.sqrt(jnp.square(m).sum((1, 3))).astype(jnp.float32)
 
 
-def _sketch(x: Array, side: int, rank: int, key: Array) -> Array:
-    """`[..., blocks * side] -> [n, blocks, min(side, rank)]`, one projection per block."""
-    dtype = _reference.accumulator(x)
-    blocks = x.shape[-1] // side
-    x = x.astype(dtype).reshape(-1 if x.size else 0, blocks, side)
+def _projection(x: Array, side: int, rank: int, key: Array) -> Float[Array, "b side rank"] | None:
+    """One random projection per block, or None where a side is short enough to be used as it is."""
     if rank >= side:
-        return x
-    project = jax.random.normal(key, (blocks, side, rank), dtype) / jnp.asarray(rank, dtype) ** 0.5
-    return jnp.einsum("nbs,bsr->nbr", x, project, precision="highest")
+        return None
+    shape, dtype = (x.shape[-1] // side, side, rank), _reference.accumulator(x)
+    return jax.random.normal(key, shape, dtype) / jnp.asarray(rank, dtype) ** 0.5
+
+
+def _project(x: Array, side: int, projection: Array | None) -> Float[Array, "n b rank"]:
+    blocks = x.astype(_reference.accumulator(x)).reshape(x.shape[0], x.shape[1] // side, side)
+    if projection is None:
+        return blocks
+    return jnp.einsum("nbs,bsr->nbr", blocks, projection, precision="highest")
 
 
 def _key(op: str, key: Any) -> Array:

@@ -32,7 +32,7 @@ class Spec:
 
 
 def matmul(spec: Spec, transpose: bool, x: Array, values: Array, p: BlockPattern) -> Array:
-    """`x[n, :] @ S` or `x @ S^T`, in `spec.out_dtype`."""
+    """`x[..., k] @ S` or `x[..., m] @ S^T`, in `spec.out_dtype`."""
     x, values, p = _same_axes(x, values, p)
     # the reference is differentiated by plain autodiff: that is what makes it the law
     product = _run_matmul if spec.name == "reference" else _matmul
@@ -40,7 +40,7 @@ def matmul(spec: Spec, transpose: bool, x: Array, values: Array, p: BlockPattern
 
 
 def sddmm(spec: Spec, x: Array, y: Array, p: BlockPattern) -> Array:
-    """The stored blocks of `x[n, :]^T y[n, :]`, in `spec.out_dtype`."""
+    """The stored blocks of `x[..., k]^T y[..., m]`, in `spec.out_dtype`."""
     x, y, p = _same_axes(x, y, p)
     product = _run_sddmm if spec.name == "reference" else _sddmm
     return product(spec, x, y, p)
@@ -54,7 +54,7 @@ def _run_matmul(spec: Spec, transpose: bool, x: Array, values: Array, p: BlockPa
         precision=spec.precision,
         out_dtype=spec.out_dtype,
     )
-    return _mesh.matmul(run, x, values, p)
+    return _mesh.per_token(lambda x, w: run(x, *w), x, (values, p))
 
 
 def _run_sddmm(spec: Spec, x: Array, y: Array, p: BlockPattern) -> Array:
@@ -62,7 +62,7 @@ def _run_sddmm(spec: Spec, x: Array, y: Array, p: BlockPattern) -> Array:
     run = functools.partial(
         _IMPLEMENTATIONS[spec.name].sddmm, precision=spec.precision, out_dtype=spec.out_dtype
     )
-    return _mesh.sddmm(run, x, y, p)
+    return _mesh.over_tokens(run, x, y, p)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -105,7 +105,7 @@ _sddmm.defvjp(_sddmm_fwd, _sddmm_bwd)
 
 
 def _one_dtype(a: Array, b: Array) -> tuple[Array, Array]:
-    dtype = jnp.promote_types(a.dtype, b.dtype)
+    dtype = _reference.common_dtype(a.dtype, b.dtype)
     return a.astype(dtype), b.astype(dtype)
 
 

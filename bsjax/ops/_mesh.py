@@ -1,13 +1,17 @@
-"""Mesh axes in types: what varies over which, and where tokens live."""
+"""Products on a mesh: which axes an array varies over, and tokens that stay where they are.
 
+With automatic mesh axes XLA finds the placement by itself. With explicit axes placement is part of
+the type, and inside shard_map so is what varies; the functions here see to both.
+"""
+
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
-
-from bsjax.pattern import BlockPattern
 
 
 def varying(*arrays: Any) -> frozenset[str]:
@@ -21,9 +25,73 @@ def vary(array: Array, axes: frozenset[str]) -> Array:
     return lax.pcast(array, missing, to="varying") if missing else array
 
 
-def matmul(run: Callable, x: Array, values: Array, p: BlockPattern) -> Array:
-    return run(x, values, p)
+def per_token(run: Callable[..., Array], x: Array, weights: Any) -> Array:
+    """`run(x[n, k], weights) -> y[n, m]` with all leading axes of `x` as `n`, on every device's own
+    tokens."""
+    lead, axes = _token_axes(x)
+    _require_whole(weights)
+
+    def local(x: Array, weights: Any) -> Array:
+        y = run(_flat(x), weights)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    if not axes:
+        return local(x, weights)
+    return jax.shard_map(
+        local,
+        mesh=jax.typeof(x).sharding.mesh,
+        in_specs=(lead, PartitionSpec()),
+        out_specs=lead,
+        axis_names=axes,
+    )(x, weights)
 
 
-def sddmm(run: Callable, x: Array, y: Array, p: BlockPattern) -> Array:
-    return run(x, y, p)
+def over_tokens(run: Callable[..., Array], x: Array, y: Array, weights: Any = ()) -> Array:
+    """`run(x[n, k], y[n, m], weights) -> v`, a sum over tokens: each device's own, then all."""
+    (lead, axes), (other, others) = _token_axes(x), _token_axes(y)
+    _require_whole(weights)
+    if not axes | others:
+        return run(_flat(x), _flat(y), weights)
+    lead, axes = (lead, axes) if axes else (other, others)
+    x, y = (jax.sharding.reshard(a, lead) for a in (x, y))
+    return jax.shard_map(
+        lambda x, y, w: lax.psum(run(_flat(x), _flat(y), w), tuple(axes)),
+        mesh=jax.typeof(x).sharding.mesh,
+        in_specs=(lead, lead, PartitionSpec()),
+        out_specs=PartitionSpec(),
+        axis_names=axes,
+    )(x, y, weights)
+
+
+def tokens(x: Array) -> int:
+    """All leading axes as one number (-1 in a reshape would not do where features are empty)."""
+    return math.prod(x.shape[:-1])
+
+
+def _flat(x: Array) -> Array:
+    return x.reshape(tokens(x), x.shape[-1])
+
+
+def _token_axes(x: Array) -> tuple[PartitionSpec, set[str]]:
+    """How the leading axes of `x[..., features]` are sharded, and over which explicit mesh axes."""
+    spec = jax.typeof(x).sharding.spec
+    *lead, features = (*spec, *[None] * (x.ndim - len(spec)))
+    if features is not None:
+        raise ValueError(
+            f"the features of an activation are sharded over the mesh axis {features!r}, but a "
+            "product needs them whole: reshard to shard tokens only, or cut the weights with "
+            "bsjax.partition and use jax.shard_map."
+        )
+    named = [(axis,) if isinstance(axis, str) else axis for axis in lead if axis is not None]
+    return PartitionSpec(*lead), {name for axis in named for name in axis}
+
+
+def _require_whole(weights: Any) -> None:
+    for leaf in jax.tree.leaves(weights):
+        axes = [axis for axis in jax.typeof(leaf).sharding.spec if axis is not None]
+        if axes:
+            raise ValueError(
+                f"values or coordinates are sharded over the mesh axis {axes[0]!r}, but a slot may "
+                "belong to any block-column: replicate them, or cut the weights with "
+                "bsjax.partition and use jax.shard_map."
+            )

@@ -1,6 +1,5 @@
 """The public products: what users call, with every argument checked before anything runs."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bsjax.ops import _core, _reference
+from bsjax.ops import _core, _mesh, _reference
 from bsjax.ops import _validate as validate
 from bsjax.ops._choose import Implementation, Problem, choose
 from bsjax.pattern import BlockPattern
@@ -75,9 +74,9 @@ def matmul(
     bare = bias is None and act is None and residual is None
     dtype = x.dtype if bare else _reference.accumulator(x, values)
     spec = _spec(op, x, p, precision, implementation, dtype)
-    y = _core.matmul(spec, transpose, x.reshape(_tokens(x), k), values, p).reshape(out_shape)
+    y = _core.matmul(spec, transpose, x, values, p)
     if bias is not None:
-        y = y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
+        y = _mesh.per_token(jnp.add, y, jnp.broadcast_to(bias.astype(y.dtype), (1, m)))
     if act is not None:
         y = act(y)
     if residual is not None:
@@ -106,9 +105,8 @@ def sddmm(
     validate.last_axis(op, "x", x, p.shape[0], p, "be the left side of")
     validate.last_axis(op, "y", y, p.shape[1], p, "be the right side of")
     validate.same_lead(op, x, y)
-    n = _tokens(x)
-    spec = _spec(op, x, p, precision, implementation, jnp.promote_types(x.dtype, y.dtype))
-    return _core.sddmm(spec, x.reshape(n, p.shape[0]), y.reshape(n, p.shape[1]), p)
+    spec = _spec(op, x, p, precision, implementation, _reference.common_dtype(x.dtype, y.dtype))
+    return _core.sddmm(spec, x, y, p)
 
 
 def glu(
@@ -138,12 +136,12 @@ def glu(
         raise ValueError(
             f"{op}: `activation` must not be None: a product of two linear maps has no gate."
         )
-    dtype = jnp.promote_types(gate_values.dtype, up_values.dtype)
+    dtype = _reference.common_dtype(gate_values.dtype, up_values.dtype)
     both = jnp.concatenate([gate_values.astype(dtype), up_values.astype(dtype)], axis=2)
     (r, c), (br, bc) = p.grid, p.block
     pair = BlockPattern(p.row, p.col, (r, c), (br, 2 * bc))
     spec = _spec(op, x, pair, precision, implementation, _reference.accumulator(x, both))
-    y = _core.matmul(spec, False, x.reshape(_tokens(x), p.shape[0]), both, pair)
+    y = _core.matmul(spec, False, x, both, pair)
     y = y.reshape(*x.shape[:-1], c, 2, bc)
     y = act(y[..., 0, :]) * y[..., 1, :]
     return y.reshape(*x.shape[:-1], c * bc).astype(x.dtype)
@@ -169,16 +167,11 @@ def fromdense(array: Any, p: BlockPattern) -> Float[Array, "e br bc"]:
     return _reference.fromdense(array, p)
 
 
-def _tokens(x: Array) -> int:
-    """All leading axes as one (also where the last axis is empty, so -1 would not do)."""
-    return math.prod(x.shape[:-1])
-
-
 def _spec(
     op: str, x: Array, p: BlockPattern, precision: Any, wanted: str, dtype: Any
 ) -> _core.Spec:
     problem = Problem(
-        op=op, n=_tokens(x), grid=p.grid, block=p.block, capacity=p.capacity, dtype=x.dtype
+        op=op, n=_mesh.tokens(x), grid=p.grid, block=p.block, capacity=p.capacity, dtype=x.dtype
     )
     name = choose(problem, wanted)
     return _core.Spec(name, validate.precision(op, precision), dtype)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
 
 def is_concrete(*arrays: Any) -> bool:
@@ -34,7 +34,7 @@ def stable_argsort(keys: Any) -> Any:
     return xp.argsort(keys, axis=-1, stable=True).astype(xp.int32)
 
 
-def pointers(sorted_keys: Any, size: int) -> Int[Array, " size+1"]:
+def pointers(sorted_keys: Any, size: int) -> Int[Any, " g"]:
     """Where each of `size` groups starts in `sorted_keys`; the last entry is where spares begin."""
     xp = namespace(sorted_keys)
     found = xp.searchsorted(xp.asarray(sorted_keys), xp.arange(size + 1))
