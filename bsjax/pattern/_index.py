@@ -37,7 +37,7 @@ def stable_argsort(keys: Any) -> Any:
 def pointers(sorted_keys: Any, size: int) -> Int[Any, " g"]:
     """Where each of `size` groups starts in `sorted_keys`; the last entry is where spares begin."""
     xp = namespace(sorted_keys)
-    found = xp.searchsorted(xp.asarray(sorted_keys), xp.arange(size + 1))
+    found = xp.searchsorted(xp.asarray(sorted_keys), xp.arange(size + 1, dtype=xp.int32))
     return as_leaf(found)  # loops on the device index it with a tracer, which NumPy cannot
 
 
