@@ -109,6 +109,11 @@ CASES = SHARED | {
 }
 
 
+def accumulator(dtype: Any) -> Any:
+    """What sums of `dtype` are kept in: float64 for float64, float32 for all others."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
 def tolerance(dtype: Any, terms: int) -> dict[str, float]:
     """The error of `terms` products of unit size, summed in float32 and rounded once to `dtype`.
 
@@ -117,8 +122,8 @@ def tolerance(dtype: Any, terms: int) -> dict[str, float]:
     `eps32 / 2 * terms`. A factor 8 is for the largest of many results, and because what they are
     compared with has such an error too. Two roundings to `dtype` do not pass.
     """
-    kept = jnp.promote_types(dtype, jnp.float32)
-    return {"rtol": float(jnp.finfo(dtype).eps) / 2, "atol": 4 * float(jnp.finfo(kept).eps) * terms}
+    eps, kept = (float(jnp.finfo(d).eps) for d in (dtype, accumulator(dtype)))
+    return {"rtol": eps / 2, "atol": 4 * kept * terms}
 
 
 def assert_close(got: Any, want: Any, terms: int) -> None:

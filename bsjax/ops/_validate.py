@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bsjax.pattern import BlockPattern, is_concrete
+from bsjax.pattern._index import as_leaf
 from bsjax.pattern._validate import sorted_coords
 
 KINDS = "float32, bfloat16, float16 or float64"
@@ -38,9 +39,10 @@ def pattern(op: str, p: Any) -> BlockPattern:
         hint = ": build one with BlockPattern.from_mask(mask, block=...)"
         raise TypeError(f"{op}: `p` must be a BlockPattern, got {type(p).__name__}{hint}.")
     for name, leaf in (("row", p.row), ("col", p.col)):
-        if leaf.dtype != jnp.int32:
+        found = getattr(leaf, "dtype", type(leaf).__name__)
+        if found != jnp.int32:
             raise TypeError(
-                f"{op}: `p.{name}` must be int32, got {leaf.dtype}. Coordinates are indices: leave "
+                f"{op}: `p.{name}` must be int32, got {found}. Coordinates are indices: leave "
                 "them out when a model is cast or averaged (with nnx, update only nnx.Param; else "
                 "cast only floating-point leaves)."
             )
@@ -51,6 +53,8 @@ def pattern(op: str, p: Any) -> BlockPattern:
         )
     if is_concrete(p.row, p.col) and getattr(p.row, "is_fully_addressable", True):
         sorted_coords(op, np.asarray(p.row), np.asarray(p.col), p.grid)
+    if not isinstance(p.row, jax.Array):  # on the host, as restored or after jax.device_get
+        p = jax.tree.map(as_leaf, p)
     return p
 
 

@@ -1,9 +1,9 @@
 """The reference against loops in float64 that share no line with the library."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import numpy as jnp
 
 import bsjax
 from tests.helpers import CASES, FEW, Case, assert_close, islands_mask, random_mask
