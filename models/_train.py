@@ -1,0 +1,228 @@
+"""What every training loop needs: Ctrl-C between steps, checkpoints, and a progress bar."""
+
+import logging
+import os
+import shutil
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import rich.progress as bars
+from rich.console import Console
+
+from bsjax import BlockPattern
+from models._cli import Mistake
+
+NO_TERMINAL = 110  # columns, where there is no window to ask
+PLAIN_EVERY = 10.0  # seconds between lines, where a bar cannot be redrawn
+
+
+def console() -> Console:
+    """Where a recipe prints."""
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(highlight=False, width=NO_TERMINAL)
+
+
+class CtrlC:
+    """`with CtrlC() as stop:` the first Ctrl-C makes `stop.asked` true, the second one interrupts.
+
+    A step that is under way always ends, so that what is saved is a whole step.
+    """
+
+    asked = False
+
+    def __enter__(self) -> Self:
+        self._before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # no print: a signal may arrive in the middle of one
+        os.write(2, b"\nstopping after this step (Ctrl-C again: at once, without a checkpoint)\n")
+
+
+class Progress:
+    """A bar with a note and the time left; a plain line now and then where there is no terminal."""
+
+    def __init__(self, title: str, steps: int, *, start: int = 0) -> None:
+        self.out, self.title, self.steps = console(), title, steps
+        columns = (
+            bars.TextColumn("{task.description}"),
+            bars.BarColumn(bar_width=None),
+            bars.MofNCompleteColumn(),
+            bars.TextColumn("{task.fields[note]}"),
+            bars.TextColumn("{task.fields[left]} left"),
+        )
+        self.bar = bars.Progress(
+            *columns, console=self.out, expand=True, disable=not self.out.is_terminal
+        )
+        self.task = self.bar.add_task(title, total=steps, completed=start, note="", left="-:--")
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        self.first: tuple[int, float] | None = None
+        self.printed = time.monotonic()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def update(self, step: int, note: str) -> None:
+        """`step` steps are done. The first one compiles, so the time left counts from there."""
+        now = time.monotonic()
+        self.first = self.first or (step, now)
+        done, seconds = step - self.first[0], now - self.first[1]
+        left = _clock((self.steps - step) * seconds / done) if done else "-:--"
+        self.bar.update(self.task, completed=step, note=note, left=left)
+        due = now - self.printed >= PLAIN_EVERY or step == self.steps or not done
+        if due and not self.out.is_terminal:
+            self.printed = now
+            print(f"{self.title} {step}/{self.steps}  {note}  {left} left", flush=True)
+
+
+class Checkpoints:
+    """The last state of a run, in `folder`.
+
+    What is saved are the array leaves of pytrees, by name. Beside them: `about`, what must be the
+    same for the run to go on; the grid and the block of every `BlockPattern`, which are no leaves;
+    and `log`, anything that fits in JSON. Each checkpoint is written aside and then renamed.
+    """
+
+    def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
+        self.folder, self.about = folder.absolute(), dict(about)
+        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every step of its work
+        self._manager: ocp.CheckpointManager | None = None
+        self._ours = False  # what lies in the folder belongs to this run
+
+    def step(self) -> int | None:
+        """The step of the last checkpoint."""
+        if not self.folder.is_dir():
+            return None
+        return self._open().latest_step()
+
+    def save(self, step: int, tree: Any, log: Any) -> None:
+        """Saves in the background. The arrays of `tree` may be changed or donated at once."""
+        if not self._ours:  # only now is there something better than what another run left
+            self.close()
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self._ours = True
+        args = ocp.args.Composite(
+            arrays=ocp.args.StandardSave(_arrays(tree)),  # pyright: ignore[reportCallIssue]
+            record=ocp.args.JsonSave(  # pyright: ignore[reportCallIssue]
+                {"about": self.about, "patterns": _patterns(tree), "log": log}
+            ),
+        )
+        self._open().save(step, args=args, force=True)
+
+    def restore(self, tree: Any) -> tuple[int, Any, Any]:
+        """(step, `tree` with the arrays that were saved, log). Refuses what does not fit `tree`."""
+        step = self.step()
+        if step is None:
+            raise Mistake(f"no checkpoint in {self.folder}: start without --resume")
+        where, manager = f"the checkpoint {self.folder / str(step)}", self._open()
+        try:
+            record = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
+            record = record["record"]
+            for name, what in record["about"].items():
+                _refuse(where, f"--{name}", what, self.about.get(name))
+            for name, (grid, block) in {**record["patterns"], **_patterns(tree)}.items():
+                was = record["patterns"].get(name)
+                _refuse(where, f"the pattern {name} of (grid, block)", was, [grid, block])
+            saved = manager.item_metadata(step)["arrays"]
+            now = _arrays(tree)
+            for name in {**saved, **now}:
+                was, is_ = (tuple(t[name].shape) if name in t else None for t in (saved, now))
+                _refuse(where, f"the array {name} of shape", was, is_)
+            args = ocp.args.StandardRestore(now)  # pyright: ignore[reportCallIssue]
+            arrays = manager.restore(step, args=ocp.args.Composite(arrays=args))["arrays"]
+        except (KeyError, OSError, TypeError, ValueError) as error:
+            raise Mistake(
+                f"{where} cannot be read ({type(error).__name__}): it was damaged or made by "
+                "something else; start without --resume, or with another --out"
+            ) from error
+        self._ours = True
+        return step, _filled(tree, arrays), record["log"]
+
+    def close(self) -> None:
+        """Waits until everything is on the disk."""
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+            self._manager.close()
+            self._manager = None
+
+    def _open(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+        return self._manager
+
+
+def output_folder(path: Path) -> Path:
+    """`path`, made if need be. Raises `Mistake` if nothing can be written there."""
+    probe = path / ".writable"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise Mistake(
+            f"cannot write to {path} ({error.strerror}): name another folder with --out"
+        ) from None
+    return path
+
+
+def _refuse(where: str, name: str, was: Any, now: Any) -> None:
+    if was != now:
+        raise Mistake(
+            f"{where} has {name} {was}, this run {now}: give the values it was made with, or start "
+            "a new run without --resume"
+        )
+
+
+def _arrays(tree: Any) -> dict[str, np.ndarray]:
+    # copies: on a CPU NumPy would look into memory that the next step is free to overwrite
+    named = jax.tree_util.tree_leaves_with_path(tree)
+    return {_name(path): np.array(_raw(leaf)) for path, leaf in named}
+
+
+def _filled(tree: Any, arrays: Mapping[str, Any]) -> Any:
+    def leaf(path: Any, like: Any) -> Any:
+        array = jax.numpy.asarray(arrays[_name(path)])
+        return jax.random.wrap_key_data(array) if _is_key(like) else array
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def _patterns(tree: Any) -> dict[str, list]:
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, BlockPattern))
+    return {
+        _name(path): [list(p.grid), list(p.block)]
+        for path, p in found
+        if isinstance(p, BlockPattern)
+    }
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _raw(leaf: Any) -> Any:
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
