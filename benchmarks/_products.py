@@ -1,0 +1,258 @@
+"""Measures one case: checks the three products against the reference, then races them with dense.
+
+A wrong kernel has no speed: what differs from the reference is reported, and never timed.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import bsjax
+from benchmarks._cases import Case, goal
+from benchmarks._timing import race, spread
+from bsjax import patterns
+from tests.helpers import tolerance
+
+type Record = dict[str, Any]
+
+CACHE = 128e6  # inputs rotate through more bytes than a cache holds, as the layers of a model do
+DENSE, RANDOM = "stored dense", "random pattern"
+
+
+class Inputs(NamedTuple):
+    """x, dy and the dense weight w, standard normal."""
+
+    x: jax.Array
+    dy: jax.Array
+    w: jax.Array
+
+
+@functools.lru_cache(maxsize=1)
+def draws(shape: tuple[int, int], tokens: int, dtype: str, seed: int) -> list[Inputs]:
+    """Several draws of the inputs, shared by the cases of one size."""
+    (k, m), rng = shape, np.random.default_rng(seed)
+    sizes = Inputs((tokens, k), (tokens, m), (k, m))  # pyright: ignore[reportArgumentType]
+    size = sum(a * b for a, b in sizes) * jnp.dtype(dtype).itemsize  # pyright: ignore
+    count = int(np.clip(np.ceil(CACHE / size), 2, 8))
+    normal = functools.partial(rng.standard_normal, dtype=np.float32)
+    return [Inputs(*(jnp.asarray(normal(s), dtype) for s in sizes)) for _ in range(count)]
+
+
+def stored(w: jax.Array, p: bsjax.BlockPattern) -> jax.Array:
+    """The values of the pattern, cut out of a dense weight."""
+    (r, c), (br, bc) = p.grid, p.block
+    blocks = np.asarray(w).reshape(r, br, c, bc).swapaxes(1, 2)
+    return jnp.asarray(blocks[np.asarray(p.row), np.asarray(p.col)])
+
+
+def _forward(x, dy, values, p, implementation):
+    return bsjax.matmul(x, values, p, implementation=implementation)
+
+
+def _dx(x, dy, values, p, implementation):
+    return jax.vjp(lambda x: _forward(x, dy, values, p, implementation), x)[1](dy)[0]
+
+
+def _dvalues(x, dy, values, p, implementation):
+    return jax.vjp(lambda values: _forward(x, dy, values, p, implementation), values)[1](dy)[0]
+
+
+# What training runs: the gradients are those of `matmul` itself. That they do not run the forward
+# product, too, is up to the compiler, and tested.
+SPARSE = {"forward": _forward, "dx": _dx, "dvalues": _dvalues}
+FULL: dict[str, Callable[..., jax.Array]] = {
+    "forward": lambda x, dy, w: x @ w,
+    "dx": lambda x, dy, w: dy @ w.T,
+    "dvalues": lambda x, dy, w: x.T @ dy,
+}
+PRODUCTS = tuple(SPARSE)
+
+
+class Programs:
+    """Compiled programs by their text, so that none is compiled twice in a row of cases."""
+
+    def __init__(self) -> None:
+        self._compiled: dict[str, Any] = {}
+
+    def lower(self, f: Callable, *args: Any) -> tuple[str, Any]:
+        lowered = jax.jit(f).lower(*args)
+        return lowered.as_text(), lowered
+
+    def compile(self, text: str, lowered: Any) -> Any:
+        if text not in self._compiled:
+            if len(self._compiled) > 64:
+                self._compiled.clear()
+            self._compiled[text] = lowered.compile()
+        return self._compiled[text]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Runner:
+    """A compiled program on inputs that rotate."""
+
+    program: Any
+    args: Sequence[tuple[Any, ...]]
+
+    def __call__(self, i: int) -> jax.Array:
+        return self.program(*self.args[i % len(self.args)])
+
+
+def measure(
+    case: Case, programs: Programs, *, seed: int, budget: float, rounds: int | None
+) -> Iterator[Record]:
+    """A record for each product and implementation."""
+    inputs = draws(case.shape, case.tokens, case.dtype, seed)
+    sparse = [(d.x, d.dy, stored(d.w, case.p), case.p) for d in inputs]
+    want = reference(programs, *sparse[0])
+    for product in PRODUCTS:
+        yield from _measure(case, product, programs, inputs, sparse, want[product], budget, rounds)
+
+
+def _measure(case, product, programs, inputs, sparse, want, budget, rounds) -> Iterator[Record]:
+    def lower(implementation: str) -> tuple[str, Any]:
+        f = functools.partial(SPARSE[product], implementation=implementation)
+        f.__name__ = product  # pyright: ignore[reportAttributeAccessIssue]
+        return programs.lower(f, *sparse[0])
+
+    lowered = {name: lower(name) for name in case.implementations}
+    ran = {name: _what_ran(name, text, lowered, lower) for name, (text, _) in lowered.items()}
+    # `auto` is often, to the letter, the program of another: then that is timed once, for both
+    runs: dict[str, Callable[[int], Any]] = {}
+    wrong, temporary = {}, {}
+    for name, (text, low) in lowered.items():
+        program = programs.compile(text, low)
+        if reason := differs(program(*sparse[0]), want, case.dtype, terms(case, product)):
+            wrong[name] = reason
+        runs[ran[name]] = Runner(program, sparse)
+        temporary[name] = temporary_bytes(program)
+    for name in wrong:
+        runs.pop(ran[name], None)
+    if runs:
+        dense = programs.compile(*programs.lower(FULL[product], *inputs[0]))
+        runs[DENSE] = Runner(dense, inputs)
+    if case.pattern == "barabasi_albert" and "xla" in runs:
+        runs[RANDOM] = Runner(runs["xla"].program, twins(case, inputs))  # pyright: ignore
+    times = race(runs, budget=budget, rounds=rounds) if runs else {}
+    for name in case.implementations:
+        yield {
+            **describe(case, product, name),
+            "program": ran[name],
+            "temporary_bytes": temporary[name],
+            "temporary_ratio": ratio_to_arguments(temporary[name], sparse[0]),
+            "refused": wrong.get(name),
+            **(timing(times, ran[name], goal(case, name)) if name not in wrong else {}),
+        }
+
+
+def _what_ran(name: str, text: str, lowered: dict, lower: Callable) -> str:
+    """The implementation that `auto` chose, if its program is the same to the letter."""
+    if name != "auto":
+        return name
+    for other in ("xla", "dense"):
+        if text == (lowered[other] if other in lowered else lower(other))[0]:
+            return other
+    return name
+
+
+def twins(case: Case, inputs: Sequence[Inputs]) -> list[tuple[Any, ...]]:
+    """The same inputs with a random pattern of equally many blocks: the same program runs both."""
+    r, c = case.p.grid
+    mask = patterns.random((r, c), case.p.nnz / (r * c), seed=1)
+    p = bsjax.BlockPattern.from_mask(mask, case.p.block)
+    return [(d.x, d.dy, stored(d.w, p), p) for d in inputs]
+
+
+def describe(case: Case, product: str, implementation: str) -> Record:
+    """What a record is about."""
+    return {
+        "benchmark": "matmul",
+        "product": product,
+        "shape": list(case.shape),
+        "tokens": case.tokens,
+        "dtype": case.dtype,
+        "pattern": case.pattern,
+        "block": list(case.p.block),
+        "density": round(case.p.density, 6),
+        "density_asked": case.density,
+        "stored_blocks": case.p.nnz,
+        "implementation": implementation,
+        "peer": False,
+        "refused": None,
+        "skipped": None,
+    }
+
+
+def timing(times: dict[str, np.ndarray], name: str, wanted: float | None) -> Record:
+    """Medians and quartiles of one run, and of its pairs with the stored dense weight."""
+    record: Record = {"clock": "wall", "rounds": len(times[name])}
+    series = {
+        "ms": 1e3 * times[name],
+        "dense_ms": 1e3 * times[DENSE],
+        "ratio": times[name] / times[DENSE],
+    }
+    if RANDOM in times and name == "xla":
+        series["over_random"] = times[name] / times[RANDOM]
+    for key, samples in series.items():
+        middle, low, high = spread(samples)
+        record |= {key: middle, f"{key}_low": low, f"{key}_high": high}
+    return record | {"goal": wanted, "met": None if wanted is None else record["ratio"] <= wanted}
+
+
+def reference(programs: Programs, x: Any, dy: Any, values: Any, p: Any) -> dict[str, jax.Array]:
+    """y, dx and dvalues by the reference's own autodiff, in float32 from the same inputs."""
+
+    def products(x, dy, values, p):
+        def forward(x, values):
+            return bsjax.matmul(x, values, p, implementation="reference")
+
+        y, backward = jax.vjp(forward, x, values)
+        return dict(zip(PRODUCTS, (y, *backward(dy)), strict=True))
+
+    x, dy, values = (a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in (x, dy, values))
+    return programs.compile(*programs.lower(products, x, dy, values, p))(x, dy, values, p)
+
+
+def terms(case: Case, product: str) -> int:
+    """The most products that one number of the result sums."""
+    mask, (br, bc) = np.asarray(case.p.mask()), case.p.block
+    most = {
+        "forward": br * mask.sum(0).max(initial=0),
+        "dx": bc * mask.sum(1).max(initial=0),
+        "dvalues": case.tokens,
+    }
+    return max(1, int(most[product]))
+
+
+def differs(got: Any, want: Any, dtype: str, terms: int) -> str | None:
+    """How `got` differs from the reference by more than rounding, or None if it does not."""
+    got, want = np.asarray(got).astype(np.float32), np.asarray(want)
+    allowed = tolerance(dtype, terms)
+    error = np.abs(got - want)
+    # `not <=`, because NaN is no number that is small
+    bad = ~(error <= allowed["atol"] + allowed["rtol"] * np.abs(want))
+    if not bad.any():
+        return None
+    worst = float(np.max(np.where(bad, np.nan_to_num(error, nan=np.inf), 0)))
+    return (
+        f"{bad.sum()} of {bad.size} numbers differ from the reference, by up to {worst:.3g} "
+        f"where rounding explains {allowed['atol']:.3g}"
+    )
+
+
+def temporary_bytes(program: Any) -> int | None:
+    """What the compiled program takes beside its arguments and its result."""
+    analysis = program.memory_analysis()
+    return None if analysis is None else int(analysis.temp_size_in_bytes)
+
+
+def ratio_to_arguments(temporary: int | None, args: tuple[Any, ...]) -> float | None:
+    """Temporary bytes over those of x, y and values: the three that every product touches."""
+    x, dy, values, _ = args
+    return (
+        None if temporary is None else round(temporary / (x.nbytes + dy.nbytes + values.nbytes), 4)
+    )

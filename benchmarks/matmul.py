@@ -1,0 +1,208 @@
+"""`python -m benchmarks.matmul`: block-sparse products against a plain dense weight.
+
+Forward, dx and dvalues of `bsjax.matmul`, each checked against the reference and then timed beside
+the dense product on the same machine in the same run: interleaved pairs, the median of their ratios
+and its quartiles. `docs/benchmarks.md` says what exactly is measured, and what the fields mean.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from benchmarks import _report as report
+from benchmarks._cases import FULL, PATTERNS, QUICK, Case, Suite, cases
+from benchmarks._peers import measure_peers
+from benchmarks._products import Programs, Record, measure
+from benchmarks._record import JsonLines, environment
+
+DTYPES = ("float32", "bfloat16", "float16")
+IMPLEMENTATIONS = ("xla", "auto", "dense")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0 if every result was right, 1 if one was wrong."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    suite = _suite(parser, args)
+    found = list(cases(suite, args.seed))
+    if not found:
+        parser.error("no case is left: give fewer filters, or densities that the patterns can have")
+    where = environment()
+    try:
+        out = JsonLines(args.json, where)
+        args.json.with_suffix(".png").touch()
+    except OSError as error:
+        parser.error(f"--json: cannot write {args.json}: {error.strerror}")
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    machine = f"{where['cpu']}, {where['cores']} cores, {where['device']}, jax {where['jax']}"
+    console.print(f"{len(found)} cases on {machine}, commit {where['commit']}", highlight=False)
+    with out:
+        records = _run(found, out, console, args)
+    for table in (*report.tables(records), report.break_even_table(records)):
+        if table is not None:
+            console.print(table)
+    for text in report.summary(records):
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    written = [args.json]
+    if report.picture(records, args.json.with_suffix(".png"), where):
+        written.append(args.json.with_suffix(".png"))
+    console.print("written: " + ", ".join(map(str, written)), highlight=False, soft_wrap=True)
+    return int(any(one["refused"] for one in records))
+
+
+def _run(found: list[Case], out: JsonLines, console: Console, args: Any) -> list[Record]:
+    """Measures all cases; Ctrl-C ends the run early and keeps what there is."""
+    records, programs = [], Programs()
+    columns = (
+        MofNCompleteColumn(),
+        BarColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    # Redrawn between the cases only: a bar that moves by itself takes time from what is measured.
+    bar = Progress(*columns, console=console, auto_refresh=False, disable=not console.is_terminal)
+    with bar:
+        task = bar.add_task("", total=len(found))
+        try:
+            for i, case in enumerate(found, 1):
+                bar.update(task, description=case.name, refresh=True)
+                new = list(
+                    measure(case, programs, seed=args.seed, budget=args.budget, rounds=args.rounds)
+                )
+                if case.peers:
+                    new += measure_peers(case, programs, seed=args.seed)
+                for record in new:
+                    out.write(record)
+                new.sort(key=lambda one: one["implementation"])
+                for _, group in itertools.groupby(new, key=lambda one: one["implementation"]):
+                    text = f"[{i}/{len(found)}] {report.line(list(group))}"
+                    console.print(text, highlight=False, markup=False, soft_wrap=True)
+                records += new
+                bar.advance(task)
+        except KeyboardInterrupt:
+            console.print("interrupted: what follows is what was measured so far")
+    return records
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="benchmarks.matmul",
+        description="Block-sparse products against a dense weight, on this machine.",
+        epilog="Filters take lists: --block 64,128 --density 0.1,0.25",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a couple of minutes instead of some twenty")
+    add("--tokens", type=_list(_positive), help="numbers of tokens", default=argparse.SUPPRESS)
+    add("--shape", type=_list(_shape), help="weights, KxM", default=argparse.SUPPRESS)
+    add("--block", type=_list(_positive), help="block sides", default=argparse.SUPPRESS)
+    add("--density", type=_list(_density), help="densities", default=argparse.SUPPRESS)
+    for name, known in (
+        ("pattern", PATTERNS),
+        ("dtype", DTYPES),
+        ("implementation", IMPLEMENTATIONS),
+    ):
+        help = f"of {', '.join(known)}"
+        add(f"--{name}", type=_list(_one_of(known)), help=help, default=argparse.SUPPRESS)
+    add(
+        "--peers",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="also time scipy.sparse and jax.experimental.sparse, in a few cases",
+    )
+    add("--json", type=Path, default=Path("out/matmul.jsonl"), help="results; the PNG lies beside")
+    add("--seed", type=_natural, default=0, help="of inputs and patterns")
+    add("--rounds", type=_positive, help="pairs of runs per product, instead of --budget")
+    add("--budget", type=_seconds, default=0.8, help="seconds per product, 5 to 25 pairs")
+    return parser
+
+
+def _suite(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Suite:
+    """The suite that the flags describe."""
+    suite = QUICK if args.quick else FULL
+    names = {
+        "shape": "shapes",
+        "block": "blocks",
+        "density": "densities",
+        "pattern": "patterns",
+        "dtype": "dtypes",
+        "implementation": "implementations",
+        "peers": "peers",
+    }
+    changes = {field: getattr(args, flag) for flag, field in names.items() if hasattr(args, flag)}
+    if hasattr(args, "tokens"):  # whoever names them wants them in full
+        changes |= {"tokens": args.tokens, "auto_tokens": (), "random_tokens": ()}
+    suite = dataclasses.replace(suite, **changes)
+    for k, m in suite.shapes:
+        for block in suite.blocks:
+            if k % block or m % block:
+                parser.error(
+                    f"--shape {k}x{m} is no multiple of --block {block}: change one of them"
+                )
+    return suite
+
+
+def _list(item: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    return lambda text: tuple(dict.fromkeys(item(part.strip()) for part in text.split(",")))
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
+    return int(text)
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 up, got {text!r}")
+    return int(text)
+
+
+def _number(text: str, least: float, most: float, what: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = least
+    if not least < value <= most:
+        raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}")
+    return value
+
+
+def _density(text: str) -> float:
+    return _number(text, 0, 1, "a density above 0, at most 1")
+
+
+def _seconds(text: str) -> float:
+    return _number(text, 0, 3600, "seconds above 0, at most 3600")
+
+
+def _shape(text: str) -> tuple[int, int]:
+    parts = text.split("x")
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"expected KxM, such as 1024x4096, got {text!r}")
+    return int(parts[0]), int(parts[1])
+
+
+def _one_of(known: Sequence[str]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"expected one of {', '.join(known)}, got {text!r}")
+        return text
+
+    return parse
+
+
+if __name__ == "__main__":
+    sys.exit(main())
