@@ -42,6 +42,16 @@ def test_barabasi_albert_counts(n, data, seed):
     np.testing.assert_array_equal(mask, patterns.barabasi_albert(n, m, seed=seed))
 
 
+def test_barabasi_albert_draws_by_degree():
+    """n = 4, m = 2: the last node meets two of three nodes with degrees 1, 1 and 2."""
+    draws = 1500
+    left_out = sum(~patterns.barabasi_albert(4, 2, seed=s)[3, :3] for s in range(draws))
+    # node 2 is left out if 0 and 1 are drawn, in either order: 2 * 1/4 * 1/3
+    expected = np.array([5 / 12, 5 / 12, 2 / 12])
+    deviation = (draws * expected * (1 - expected)) ** 0.5
+    assert (abs(left_out - draws * expected) < 4 * deviation).all()
+
+
 @given(st.integers(1, 30), st.data(), shares, seeds)
 def test_watts_strogatz_counts(n, data, p, seed):
     k_half = data.draw(st.integers(0, (n - 1) // 2))

@@ -58,6 +58,17 @@ def test_balanced_is_uniform():
     assert chi2 < kinds - 1 + 5 * (2 * (kinds - 1)) ** 0.5
 
 
+def test_balanced_gives_the_odd_block_to_anyone():
+    draws = 400
+    masks = [patterns.balanced((4, 5), 0.35, seed=s) for s in range(draws)]  # 7 blocks
+    for axis, n in ((0, 5), (1, 4)):
+        counts = np.array([mask.sum(axis=axis) for mask in masks])
+        hits = (counts == counts.max()).sum(axis=0)
+        share = (7 % n) / n  # of the lines that store one block more
+        deviation = (draws * share * (1 - share)) ** 0.5
+        np.testing.assert_allclose(hits, draws * share, atol=4 * deviation)
+
+
 @pytest.mark.parametrize("grid", [(128, 128), (256, 16), (16, 256)])
 def test_balanced_rows_share_columns_by_chance(grid):
     """Dealt in order, whole groups of rows would be alike; mixed ones share k^2 / c columns."""
