@@ -1,1 +1,1 @@
-"""The operations: what they mean, that all implementations agree, that JAX composes them."""
+"""Generated masks: what they store, the numbers that describe them, their pictures."""
