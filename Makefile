@@ -27,11 +27,11 @@ bench: ## time the products against dense ones, in every regime
 	@.venv/bin/python -m benchmarks.matmul $(ARGS)
 
 test: lint ## format, lint, types, import contracts and the quick tests
-	.venv/bin/python -m pytest -n 2 --dist loadgroup -m "$(QUICK)" $(ARGS)
+	.venv/bin/python -m pytest -n 2 -m "$(QUICK)" $(ARGS)
 
 test-all: lint environment-oldest ## every test, then the quick ones with the oldest JAX supported
-	.venv/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
-	.venv-oldest/bin/python -m pytest -n 2 --dist loadgroup -m "$(QUICK)" $(ARGS)
+	.venv/bin/python -m pytest -n 2 $(ARGS)
+	.venv-oldest/bin/python -m pytest -n 2 -m "$(QUICK)" $(ARGS)
 
 lint: environment ## format, lint, types and import contracts only
 	.venv/bin/ruff format --check

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("wheel")  # one build, not one in each process
-
 HOUSE = Path(__file__).parent.parent
 EXAMPLE = """
 import pathlib, sys
@@ -54,8 +52,21 @@ def install(python, wheel, *options):
     command(*pip, *options, str(wheel))
 
 
-def test_the_wheel_holds_two_typed_packages_and_nothing_else(wheel):
-    names = zipfile.ZipFile(wheel).namelist()
+def test_the_wheel_holds_the_library_and_works_away_from_the_checkout(wheel, clean, tmp_path):
+    # one test, because two would build the wheel in each of xdist's processes
+    holds_two_typed_packages_and_nothing_else(zipfile.ZipFile(wheel))
+    asks_for_three_packages(zipfile.ZipFile(wheel))
+    install(clean, wheel, "--no-deps")
+    # jax and numpy from the environment of the tests, but not its link to the checkout: a .pth
+    # file adds a folder, and the .pth files inside that folder are not read
+    ours = sysconfig.get_path("purelib")
+    theirs = command(clean, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
+    Path(theirs.strip(), "dependencies.pth").write_text(ours, encoding="utf-8")
+    assert command(clean, "-I", "-c", EXAMPLE, cwd=tmp_path) == "works\n"
+
+
+def holds_two_typed_packages_and_nothing_else(archive):
+    names = archive.namelist()
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"bsjax", "pallas_kernels"}
     assert {"bsjax/py.typed", "pallas_kernels/py.typed"} <= set(names)
@@ -67,25 +78,14 @@ def test_the_wheel_holds_two_typed_packages_and_nothing_else(wheel):
     assert {name for name in names if name.endswith(".py")} == sources
 
 
-def test_the_wheel_asks_for_three_packages(wheel):
-    archive = zipfile.ZipFile(wheel)
+def asks_for_three_packages(archive):
     (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
     wanted = email.message_from_bytes(archive.read(name)).get_all("Requires-Dist")
     always = [line for line in wanted if "extra ==" not in line]
     assert [line.partition(">")[0] for line in always] == ["jax", "jaxtyping", "numpy"]
 
 
-def test_the_wheel_works_away_from_the_checkout(wheel, clean, tmp_path):
-    install(clean, wheel, "--no-deps")
-    # jax and numpy from the environment of the tests, but not its link to the checkout: a .pth
-    # file adds a folder, and the .pth files inside that folder are not read
-    ours = sysconfig.get_path("purelib")
-    theirs = command(clean, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
-    Path(theirs.strip(), "dependencies.pth").write_text(ours, encoding="utf-8")
-    assert command(clean, "-c", EXAMPLE, cwd=tmp_path) == "works\n"
-
-
 @pytest.mark.slow
 def test_the_wheel_brings_what_it_needs(wheel, clean, tmp_path):
     install(clean, wheel)
-    assert command(clean, "-c", EXAMPLE, cwd=tmp_path) == "works\n"
+    assert command(clean, "-I", "-c", EXAMPLE, cwd=tmp_path) == "works\n"
