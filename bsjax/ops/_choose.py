@@ -13,7 +13,7 @@ IMPLEMENTATIONS = get_args(Implementation.__value__)
 class Problem:
     """All that a choice may depend on. Static: known when Python traces."""
 
-    op: str  # as the user called it, for messages
+    op: str  # as called, for messages; "matmul" or "sddmm" for a choice
     n: int
     grid: tuple[int, int]
     block: tuple[int, int]
@@ -25,19 +25,18 @@ class Problem:
         return self.capacity / max(1, self.grid[0] * self.grid[1])
 
 
-# The largest density at which stored blocks alone are faster than the dense product, by the shorter
-# block side: measured by `python -m benchmarks.matmul` on CPUs, the worst of y, dx and dvalues.
-CPU_BREAK_EVEN = {8: 0.12, 16: 0.3, 32: 0.42, 64: 0.5, 128: 0.6}
+# The density at which the product over stored blocks costs what the dense product costs, at many
+# tokens on a CPU, by the shorter block side: measured by `python -m benchmarks.matmul`.
+CPU_BREAK_EVEN = {
+    "matmul": {8: 0.12, 16: 0.3, 32: 0.42, 64: 0.6, 128: 0.7},
+    "sddmm": {8: 0.12, 16: 0.3, 32: 0.42, 64: 0.5, 128: 0.6},
+}
+# Scattering the values into a dense matrix costs as much as multiplying this many tokens by it.
+SCATTER_TOKENS = {"matmul": 128, "sddmm": 0}
 
 
-def break_even(block: tuple[int, int]) -> float:
-    """The density from which on dense is the faster choice on a CPU."""
-    side = max((s for s in CPU_BREAK_EVEN if s <= min(block)), default=min(CPU_BREAK_EVEN))
-    return CPU_BREAK_EVEN[side]
-
-
-def choose(problem: Problem, wanted: str) -> str:
-    """The implementation to run. An explicit request is kept or refused, never replaced."""
+def check(wanted: str, problem: Problem) -> None:
+    """An explicit request is kept or refused, never replaced."""
     if wanted not in IMPLEMENTATIONS:
         names = ", ".join(f'"{name}"' for name in IMPLEMENTATIONS)
         raise ValueError(f"{problem.op}: `implementation` must be one of {names}, got {wanted!r}.")
@@ -46,6 +45,18 @@ def choose(problem: Problem, wanted: str) -> str:
             f'{problem.op}: implementation="mosaic" cannot run here: {reason}. '
             'Use implementation="auto", which takes the fastest that can.'
         )
-    if wanted != "auto":
-        return wanted
-    return "dense" if problem.density > break_even(problem.block) else "xla"
+
+
+def fastest(problem: Problem, platform: str) -> str:
+    """What `auto` runs on a platform.
+
+    Loops over stored blocks were measured on CPUs only; elsewhere the dense product is what is
+    known not to be slow, until there is a kernel.
+    """
+    if platform != "cpu":
+        return "dense"
+    table = CPU_BREAK_EVEN[problem.op]
+    side = max((s for s in table if s <= min(problem.block)), default=min(table))
+    stored = problem.density / table[side]  # time over the dense product's
+    dense = 1 + SCATTER_TOKENS[problem.op] / max(1, problem.n)
+    return "dense" if stored > dense else "xla"

@@ -10,6 +10,7 @@ function ever sees a cotangent.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from bsjax.ops import _dense, _mesh, _reference, _xla
+from bsjax.ops._choose import Problem, fastest
 from bsjax.pattern import BlockPattern
 
 _IMPLEMENTATIONS = {"xla": _xla, "dense": _dense, "reference": _reference}
@@ -48,21 +50,46 @@ def sddmm(spec: Spec, x: Array, y: Array, p: BlockPattern) -> Array:
 
 def _run_matmul(spec: Spec, transpose: bool, x: Array, values: Array, p: BlockPattern) -> Array:
     x, values = _one_dtype(x, values)
-    run = functools.partial(
-        _IMPLEMENTATIONS[spec.name].matmul,
-        transpose=transpose,
-        precision=spec.precision,
-        out_dtype=spec.out_dtype,
-    )
-    return _mesh.per_token(lambda x, w: run(x, *w), x, (values, p))
+
+    def run(name: str, x: Array, weights: tuple[Array, BlockPattern]) -> Array:
+        return _IMPLEMENTATIONS[name].matmul(
+            x, *weights, transpose=transpose, precision=spec.precision, out_dtype=spec.out_dtype
+        )
+
+    staged = _stage(spec, "matmul", x, p, run)
+    return _mesh.per_token(staged, x, (values, p))
 
 
 def _run_sddmm(spec: Spec, x: Array, y: Array, p: BlockPattern) -> Array:
     x, y = _one_dtype(x, y)
-    run = functools.partial(
-        _IMPLEMENTATIONS[spec.name].sddmm, precision=spec.precision, out_dtype=spec.out_dtype
+
+    def run(name: str, x: Array, y: Array, p: BlockPattern) -> Array:
+        return _IMPLEMENTATIONS[name].sddmm(
+            x, y, p, precision=spec.precision, out_dtype=spec.out_dtype
+        )
+
+    return _mesh.over_tokens(_stage(spec, "sddmm", x, p, run), x, y, p)
+
+
+def _stage(spec: Spec, op: str, x: Array, p: BlockPattern, run: Callable[..., Array]) -> Callable:
+    """`run` with its implementation. The platform is not known while Python traces, so where
+    `auto` depends on it both are staged, and only the one that is needed is lowered."""
+    if spec.name != "auto":
+        return functools.partial(run, spec.name)
+    problem = Problem(
+        op=op,
+        n=_mesh.tokens(x),
+        grid=p.grid,
+        block=p.block,
+        capacity=p.capacity,
+        dtype=x.dtype,
     )
-    return _mesh.over_tokens(run, x, y, p)
+    cpu, other = fastest(problem, "cpu"), fastest(problem, "other")
+    if cpu == other:
+        return functools.partial(run, cpu)
+    return lambda *args: jax.lax.platform_dependent(
+        *args, cpu=functools.partial(run, cpu), default=functools.partial(run, other)
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from bsjax.ops import _core, _mesh, _reference
 from bsjax.ops import _validate as validate
-from bsjax.ops._choose import Implementation, Problem, choose
+from bsjax.ops._choose import Implementation, Problem, check
 from bsjax.pattern import BlockPattern
 
 type Activation = str | Callable[[Array], Array]
@@ -173,8 +173,8 @@ def _spec(
     problem = Problem(
         op=op, n=_mesh.tokens(x), grid=p.grid, block=p.block, capacity=p.capacity, dtype=x.dtype
     )
-    name = choose(problem, wanted)
-    return _core.Spec(name, validate.precision(op, precision), dtype)
+    check(wanted, problem)
+    return _core.Spec(wanted, validate.precision(op, precision), dtype)
 
 
 def _activation(op: str, wanted: Activation | None) -> Callable[[Array], Array] | None:
