@@ -5,6 +5,7 @@ are leaves: one compiled function serves them all, and the tests stay quick.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -133,3 +134,21 @@ def assert_close(got: Any, want: Any, terms: int) -> None:
     np.testing.assert_allclose(
         np.asarray(got).astype(want.dtype), want, **tolerance(got.dtype, terms)
     )
+
+
+@functools.partial(jax.jit, static_argnames=("transpose", "implementation"))
+def products(inputs: Inputs, *, transpose: bool = False, implementation: str) -> tuple[Any, ...]:
+    """y, dx and dvalues of `matmul`: every kernel once. Compiled once for each size of a case."""
+    p, x, values, dy = inputs
+
+    def f(x: jax.Array, values: jax.Array) -> jax.Array:
+        return bsjax.matmul(x, values, p, transpose=transpose, implementation=implementation)
+
+    y, pull = jax.vjp(f, x, values)
+    return y, *pull(dy)
+
+
+def kept(inputs: Inputs) -> Inputs:
+    """The same numbers in the dtype that the library sums in: what rounding is compared with."""
+    p, *arrays = inputs
+    return Inputs(p, *(a.astype(accumulator(a.dtype)) for a in arrays))

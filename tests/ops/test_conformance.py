@@ -22,9 +22,10 @@ from tests.helpers import (
     SHARED,
     Case,
     Inputs,
-    accumulator,
     assert_close,
+    kept,
     normal,
+    products,
     random_mask,
 )
 
@@ -42,29 +43,11 @@ MORE_SIDES = {
 }
 
 
-@functools.partial(jax.jit, static_argnames=("transpose", "implementation"))
-def products(inputs, *, transpose, implementation):
-    """y, dx and dvalues of `matmul`."""
-    p, x, values, dy = inputs
-
-    def f(x, values):
-        return bsjax.matmul(x, values, p, transpose=transpose, implementation=implementation)
-
-    y, pull = jax.vjp(f, x, values)
-    return y, *pull(dy)
-
-
 @functools.partial(jax.jit, static_argnames="implementation")
 def sampled(p, x, y, dv, *, implementation):
     """v, dx and dy of `sddmm`."""
     v, pull = jax.vjp(lambda x, y: bsjax.sddmm(x, y, p, implementation=implementation), x, y)
     return v, *pull(dv)
-
-
-def kept(inputs):
-    """The same numbers in the dtype that the library sums in, and no others."""
-    p, *arrays = inputs
-    return Inputs(p, *(a.astype(accumulator(a.dtype)) for a in arrays))
 
 
 def conforms(case, implementation, *, dtype=jnp.float32, transpose=False):
@@ -162,7 +145,7 @@ def test_leading_axes(lead):
 
 def run(inputs):
     """`products` without its `jit`."""
-    return inspect.unwrap(products)(inputs, transpose=False, implementation="xla")
+    return inspect.unwrap(products)(inputs, implementation="xla")
 
 
 def agree(got, want, case):
@@ -175,7 +158,7 @@ def test_a_pattern_known_while_tracing(case):
     """Its index arrays are worked out by NumPy, and are the same."""
     p, *arrays = inputs = case.inputs()
     known = jax.jit(lambda arrays: run(Inputs(p, *arrays)))(arrays)
-    agree(known, products(inputs, transpose=False, implementation="xla"), case)
+    agree(known, products(inputs, implementation="xla"), case)
 
 
 def test_eager_on_host_arrays():
@@ -183,14 +166,14 @@ def test_eager_on_host_arrays():
     case = SHARED["random, 137 tokens"]
     inputs = case.inputs()
     eager = run(jax.device_get(inputs))
-    agree(eager, products(inputs, transpose=False, implementation="xla"), case)
+    agree(eager, products(inputs, implementation="xla"), case)
 
 
 @pytest.mark.parametrize("case", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bitwise_the_same_from_run_to_run(case, implementation):
     inputs = case.inputs()
-    runs = [products(inputs, transpose=False, implementation=implementation) for _ in range(3)]
+    runs = [products(inputs, implementation=implementation) for _ in range(3)]
     for first, *others in zip(*runs, strict=True):
         for other in others:
             np.testing.assert_array_equal(first, other)
