@@ -32,8 +32,8 @@ def measure_peers(case: Case, programs: Programs, *, seed: int) -> Iterator[Reco
     values = products.stored(inputs.w, case.p)
     want = products.reference(programs, inputs.x, inputs.dy, values, case.p)
     scipy, jax_sparse = scipy_forms(case, values), jax_forms(case, values)
+    full = programs.compile({name: (f, inputs) for name, f in products.FULL.items()})
     for product in products.PRODUCTS:
-        dense = programs.compile(*programs.lower(products.FULL[product], *inputs))
         most = products.terms(case, product)
 
         def check(got: Any, want=want[product], most=most) -> str | None:
@@ -47,7 +47,7 @@ def measure_peers(case: Case, programs: Programs, *, seed: int) -> Iterator[Reco
                 run = forms[product][best](inputs)
                 runs = {
                     peer: lambda _, run=run: run(),
-                    products.DENSE: products.Runner(dense, [inputs]),
+                    products.DENSE: products.Runner(full[product], [inputs]),
                 }
                 record |= products.timing(race(runs, rounds=ROUNDS), peer, None)
             yield record

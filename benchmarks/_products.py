@@ -5,7 +5,9 @@ A wrong kernel has no speed: what differs from the reference is reported, and ne
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +16,7 @@ import numpy as np
 
 import bsjax
 from benchmarks._cases import Case, goal
+from benchmarks._record import cores
 from benchmarks._timing import race, spread
 from bsjax import patterns
 from tests.helpers import tolerance
@@ -74,21 +77,22 @@ PRODUCTS = tuple(SPARSE)
 
 
 class Programs:
-    """Compiled programs by their text, so that none is compiled twice in a row of cases."""
+    """Compiled programs by their text, so that the cases of one size share what they can."""
 
     def __init__(self) -> None:
         self._compiled: dict[str, Any] = {}
 
-    def lower(self, f: Callable, *args: Any) -> tuple[str, Any]:
-        lowered = jax.jit(f).lower(*args)
-        return lowered.as_text(), lowered
-
-    def compile(self, text: str, lowered: Any) -> Any:
-        if text not in self._compiled:
-            if len(self._compiled) > 64:
-                self._compiled.clear()
-            self._compiled[text] = lowered.compile()
-        return self._compiled[text]
+    def compile[K](self, jobs: Mapping[K, tuple[Callable, tuple[Any, ...]]]) -> dict[K, Any]:
+        """`{name: (f, args)} -> {name: program}`, on all cores."""
+        lowered = {name: jax.jit(f).lower(*args) for name, (f, args) in jobs.items()}
+        texts = {name: low.as_text() for name, low in lowered.items()}
+        if len(self._compiled) > 100:
+            self._compiled.clear()
+        new = {text: lowered[name] for name, text in texts.items() if text not in self._compiled}
+        with ThreadPoolExecutor(cores()) as pool:
+            programs = pool.map(lambda low: low.compile(), new.values())
+            self._compiled |= zip(new, programs, strict=True)
+        return {name: self._compiled[text] for name, text in texts.items()}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -108,55 +112,62 @@ def measure(
     """A record for each product and implementation."""
     inputs = draws(case.shape, case.tokens, case.dtype, seed)
     sparse = [(d.x, d.dy, stored(d.w, case.p), case.p) for d in inputs]
+    names = dict.fromkeys(case.implementations)
+    if "auto" in names:  # what it chose is found by comparing
+        names |= {"xla": None, "dense": None}
+    jobs = {
+        (product, name): (functools.partial(SPARSE[product], implementation=name), sparse[0])
+        for product in PRODUCTS
+        for name in names
+    }
+    jobs |= {(product, DENSE): (FULL[product], inputs[0]) for product in PRODUCTS}
+    compiled = programs.compile(jobs)
     want = reference(programs, *sparse[0])
     for product in PRODUCTS:
-        yield from _measure(case, product, programs, inputs, sparse, want[product], budget, rounds)
+        ready = {name: compiled[product, name] for name in (*names, DENSE)}
+        yield from _measure(case, product, ready, inputs, sparse, want[product], budget, rounds)
 
 
 def _measure(case, product, programs, inputs, sparse, want, budget, rounds) -> Iterator[Record]:
-    def lower(implementation: str) -> tuple[str, Any]:
-        f = functools.partial(SPARSE[product], implementation=implementation)
-        f.__name__ = product  # pyright: ignore[reportAttributeAccessIssue]
-        return programs.lower(f, *sparse[0])
-
-    lowered = {name: lower(name) for name in case.implementations}
-    ran = {name: _what_ran(name, text, lowered, lower) for name, (text, _) in lowered.items()}
-    # `auto` is often, to the letter, the program of another: then that is timed once, for both
-    runs: dict[str, Callable[[int], Any]] = {}
-    wrong, temporary = {}, {}
-    for name, (text, low) in lowered.items():
-        program = programs.compile(text, low)
-        if reason := differs(program(*sparse[0]), want, case.dtype, terms(case, product)):
-            wrong[name] = reason
-        runs[ran[name]] = Runner(program, sparse)
-        temporary[name] = temporary_bytes(program)
-    for name in wrong:
-        runs.pop(ran[name], None)
-    if runs:
-        dense = programs.compile(*programs.lower(FULL[product], *inputs[0]))
-        runs[DENSE] = Runner(dense, inputs)
+    ran = {name: what_ran(name, programs) for name in case.implementations}
+    wrong = {
+        name: differs(programs[name](*sparse[0]), want, case.dtype, terms(case, product))
+        for name in case.implementations
+    }
+    runs: dict[str, Callable[[int], Any]] = {
+        ran[name]: Runner(programs[ran[name]], sparse) for name in wrong if not wrong[name]
+    }
     if case.pattern == "barabasi_albert" and "xla" in runs:
-        runs[RANDOM] = Runner(runs["xla"].program, twins(case, inputs))  # pyright: ignore
-    times = race(runs, budget=budget, rounds=rounds) if runs else {}
+        runs[RANDOM] = Runner(programs["xla"], twins(case, inputs))
+    times = race(runs | {DENSE: Runner(programs[DENSE], inputs)}, budget=budget, rounds=rounds)
     for name in case.implementations:
+        temporary = temporary_bytes(programs[name])
         yield {
             **describe(case, product, name),
             "program": ran[name],
-            "temporary_bytes": temporary[name],
-            "temporary_ratio": ratio_to_arguments(temporary[name], sparse[0]),
-            "refused": wrong.get(name),
-            **(timing(times, ran[name], goal(case, name)) if name not in wrong else {}),
+            "temporary_bytes": temporary,
+            "temporary_ratio": ratio_to_arguments(temporary, sparse[0]),
+            "refused": wrong[name],
+            **({} if wrong[name] else timing(times, ran[name], goal(case, name))),
         }
 
 
-def _what_ran(name: str, text: str, lowered: dict, lower: Callable) -> str:
-    """The implementation that `auto` chose, if its program is the same to the letter."""
-    if name != "auto":
-        return name
-    for other in ("xla", "dense"):
-        if text == (lowered[other] if other in lowered else lower(other))[0]:
-            return other
+def what_ran(name: str, programs: Mapping[str, Any]) -> str:
+    """The implementation that `auto` chose, if the machine code is that of another. Then they are
+    timed once, for both."""
+    if name == "auto":
+        for other in ("xla", "dense"):
+            if canonical(programs[other]) == canonical(programs["auto"]):
+                return other
     return name
+
+
+def canonical(program: Any) -> str:
+    """The text of a compiled program, without the names that its source happened to have."""
+    text = re.sub(r"(?s)\A.*?\n(?=%|ENTRY)", "", program.as_text())
+    text = re.sub(r", metadata=\{[^}]*\}|[\w.\-]+: ", "", text)
+    names: dict[str, str] = {}
+    return re.sub(r"%[\w.\-]+", lambda name: names.setdefault(name[0], f"%{len(names)}"), text)
 
 
 def twins(case: Case, inputs: Sequence[Inputs]) -> list[tuple[Any, ...]]:
@@ -214,7 +225,8 @@ def reference(programs: Programs, x: Any, dy: Any, values: Any, p: Any) -> dict[
         return dict(zip(PRODUCTS, (y, *backward(dy)), strict=True))
 
     x, dy, values = (a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in (x, dy, values))
-    return programs.compile(*programs.lower(products, x, dy, values, p))(x, dy, values, p)
+    args = (x, dy, values, p)
+    return programs.compile({"reference": (products, args)})["reference"](*args)
 
 
 def terms(case: Case, product: str) -> int:

@@ -14,14 +14,18 @@ from benchmarks._products import PRODUCTS, Record
 COLORS = {8: "#5f6b73", 16: "#c2a02e", 32: "#3f8f5b", 64: "#d1662b", 128: "#17456e"}
 
 
-def line(records: Sequence[Record]) -> str:
-    """The products of one case and one implementation, in one line."""
-    first = records[0]
-    ran = (
-        "" if first.get("program") in (None, first["implementation"]) else f" = {first['program']}"
-    )
-    head = f"{where(first)} {first['density']:.3f} {first['implementation']}{ran}:"
-    return head + "".join(f"  {one['product']} {_outcome(one)}" for one in records)
+def lines(records: Sequence[Record]) -> Iterator[str]:
+    """The records of one case, a line for each implementation. Where `auto` is another's program in
+    every product, the other's line says so."""
+    groups = {name: ones for (name,), ones in _groups(records, "implementation")}
+    auto = list(dict.fromkeys(one["program"] for one in groups.get("auto", [])))
+    same = auto[0] if len(auto) == 1 and auto[0] != "auto" and auto[0] in groups else None
+    for name, ones in groups.items():
+        if name == "auto" and same:
+            continue
+        note = f" ({', '.join(auto)})" if name == "auto" else " = auto" if name == same else ""
+        text = f"{where(ones[0])} {ones[0]['density']:.3f} {name}{note}:"
+        yield text + "".join(f"  {one['product']} {_outcome(one)}" for one in ones)
 
 
 def where(record: Record) -> str:

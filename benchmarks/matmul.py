@@ -7,7 +7,6 @@ and its quartiles. `docs/benchmarks.md` says what exactly is measured, and what 
 
 import argparse
 import dataclasses
-import itertools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -80,9 +79,8 @@ def _run(found: list[Case], out: JsonLines, console: Console, args: Any) -> list
                     new += measure_peers(case, programs, seed=args.seed)
                 for record in new:
                     out.write(record)
-                new.sort(key=lambda one: one["implementation"])
-                for _, group in itertools.groupby(new, key=lambda one: one["implementation"]):
-                    text = f"[{i}/{len(found)}] {report.line(list(group))}"
+                for text in report.lines(new):
+                    text = f"[{i}/{len(found)}] {text}"
                     console.print(text, highlight=False, markup=False, soft_wrap=True)
                 records += new
                 bar.advance(task)

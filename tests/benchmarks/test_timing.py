@@ -1,0 +1,38 @@
+"""The race: pairs on one machine in one mood, the first round thrown away."""
+
+import time
+
+import pytest
+
+from benchmarks import _timing
+from benchmarks._timing import race, spread
+
+
+def test_every_run_runs_in_every_round_and_the_first_rotates():
+    calls = []
+    runs = {name: lambda i, name=name: calls.append((name, i)) for name in "abc"}
+    times = race(runs, rounds=4)
+    assert {name: len(t) for name, t in times.items()} == {"a": 4, "b": 4, "c": 4}
+    warm_up, rest = calls[:3], calls[3:]
+    assert warm_up == [("a", 0), ("b", 0), ("c", 0)]
+    by_round = [rest[3 * i : 3 * i + 3] for i in range(4)]
+    assert ["".join(name for name, _ in one) for one in by_round] == ["abc", "bca", "cab", "abc"]
+    assert [{i for _, i in one} for one in by_round] == [{0}, {1}, {2}, {3}]
+
+
+def test_a_time_belongs_to_its_run():
+    times = race({"slow": lambda _: time.sleep(0.02), "quick": lambda _: None}, rounds=3)
+    assert (times["slow"] >= 0.02).all()
+    assert spread(times["slow"] / times["quick"]).low > 1
+
+
+@pytest.mark.parametrize(
+    ("budget", "rounds"), [(1e-9, _timing.FEWEST), (1.0, _timing.MOST), (0.1, 10)]
+)
+def test_the_budget_chooses_the_rounds(monkeypatch, budget, rounds):
+    monkeypatch.setattr(_timing, "seconds", lambda run, i: 0.005)
+    assert len(race({"a": None, "b": None}, budget=budget)["a"]) == rounds  # pyright: ignore
+
+
+def test_spread_is_the_median_and_its_quartiles():
+    assert spread([9, 1, 2, 3, 4]) == (3, 2, 4)
