@@ -22,7 +22,8 @@ from bsjax.ops import _mesh
 from bsjax.ops._reference import accumulator
 from bsjax.pattern import BlockPattern, pointers
 
-FEW_TOKENS = 128  # up to here one batched product over all stored blocks is faster than the loop
+FEW_TOKENS = 128  # up to here one batched product over all stored blocks may beat the loop,
+PARTIAL = 1 << 22  # as long as what it gathers and writes stays in the cache: so many numbers
 INNER = 512  # features per product: large enough to run at full speed, small enough for the cache
 
 
@@ -37,7 +38,8 @@ def matmul(
 ) -> Float[Array, "n o"]:
     """`x @ S`, or `x @ S^T` from the same values."""
     lists = _Lists(p, transpose)
-    form = _batched if x.shape[0] <= FEW_TOKENS else _by_column
+    n, partial = x.shape[0], x.shape[0] * p.capacity * sum(p.block)
+    form = _batched if n <= FEW_TOKENS and partial <= PARTIAL else _by_column
     return form(x, values, lists, precision, accumulator(x, values)).astype(out_dtype)
 
 
