@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 from bsjax.ops import _dense, _mesh, _reference, _xla
 from bsjax.ops._choose import Problem, fastest
-from bsjax.pattern import BlockPattern
+from bsjax.pattern import BlockPattern, is_concrete
 
 _IMPLEMENTATIONS = {"xla": _xla, "dense": _dense, "reference": _reference}
 
@@ -49,6 +49,16 @@ def sddmm(spec: Spec, x: Array, y: Array, p: BlockPattern) -> Array:
 
 
 def _run_matmul(spec: Spec, transpose: bool, x: Array, values: Array, p: BlockPattern) -> Array:
+    run = _jit_matmul if is_concrete(x, values, p.row, p.col) else _stage_matmul
+    return run(spec, transpose, x, values, p)
+
+
+def _run_sddmm(spec: Spec, x: Array, y: Array, p: BlockPattern) -> Array:
+    run = _jit_sddmm if is_concrete(x, y, p.row, p.col) else _stage_sddmm
+    return run(spec, x, y, p)
+
+
+def _stage_matmul(spec: Spec, transpose: bool, x: Array, values: Array, p: BlockPattern) -> Array:
     x, values = _one_dtype(x, values)
 
     def run(name: str, x: Array, weights: tuple[Array, BlockPattern]) -> Array:
@@ -60,7 +70,7 @@ def _run_matmul(spec: Spec, transpose: bool, x: Array, values: Array, p: BlockPa
     return _mesh.per_token(staged, x, (values, p))
 
 
-def _run_sddmm(spec: Spec, x: Array, y: Array, p: BlockPattern) -> Array:
+def _stage_sddmm(spec: Spec, x: Array, y: Array, p: BlockPattern) -> Array:
     x, y = _one_dtype(x, y)
 
     def run(name: str, x: Array, y: Array, p: BlockPattern) -> Array:
@@ -69,6 +79,11 @@ def _run_sddmm(spec: Spec, x: Array, y: Array, p: BlockPattern) -> Array:
         )
 
     return _mesh.over_tokens(_stage(spec, "sddmm", x, p, run), x, y, p)
+
+
+# outside jit, loops that close over arrays would be compiled again at every call
+_jit_matmul = jax.jit(_stage_matmul, static_argnums=(0, 1))
+_jit_sddmm = jax.jit(_stage_sddmm, static_argnums=0)
 
 
 def _stage(spec: Spec, op: str, x: Array, p: BlockPattern, run: Callable[..., Array]) -> Callable:

@@ -1,8 +1,10 @@
 """`BlockPattern`: the coordinates of the stored blocks of a sparse matrix."""
 
+import json
 from typing import Any, NoReturn
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int32
@@ -199,3 +201,12 @@ class BlockPattern:
         for name, value in zip(("row", "col", "grid", "block"), (*leaves, *static), strict=True):
             object.__setattr__(p, name, value)
         return p
+
+
+# a function of a pattern can be exported and saved: its static sizes travel with the artefact
+jax.export.register_pytree_node_serialization(
+    BlockPattern,
+    serialized_name="bsjax.BlockPattern",
+    serialize_auxdata=lambda sizes: json.dumps(sizes).encode(),
+    deserialize_auxdata=lambda saved: tuple(tuple(pair) for pair in json.loads(saved)),
+)
