@@ -1,0 +1,63 @@
+"""One artefact for each platform: `jax.export` of products and their gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+import bsjax
+from tests.helpers import FEW, MANY, SHARED, Inputs, products
+
+CASES = {n: SHARED[f"random, {n} tokens"] for n in (FEW, MANY)}
+
+
+def exported(inputs, implementation, platforms):
+    def f(p, x, values, dy):
+        return products(Inputs(p, x, values, dy), implementation=implementation)
+
+    return export.export(jax.jit(f), platforms=platforms)(*inputs)
+
+
+@pytest.mark.parametrize("n", CASES)
+@pytest.mark.parametrize("implementation", ["auto", "xla", "dense"])
+def test_exported_for_a_cpu(implementation, n):
+    inputs = CASES[n].inputs()
+    got = exported(inputs, implementation, ["cpu"]).call(*inputs)
+    for g, w in zip(got, products(inputs, implementation=implementation), strict=True):
+        np.testing.assert_array_equal(g, w)
+
+
+@pytest.mark.parametrize("n", CASES)
+@pytest.mark.parametrize("platforms", [["cuda"], ["cpu", "cuda"]], ids=str)
+@pytest.mark.parametrize("implementation", ["auto", "xla", "dense"])
+def test_lowered_for_a_gpu_without_one(implementation, platforms, n):
+    artefact = exported(CASES[n].inputs(), implementation, platforms)
+    assert artefact.platforms == tuple(platforms)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "xla", "dense"])
+def test_any_number_of_tokens(implementation):
+    """The formulation depends on the number of tokens, so a symbolic one says which side it is."""
+    p, x, values, dy = CASES[MANY].inputs()
+    (n,) = export.symbolic_shape("n", constraints=["n >= 1024"])
+    shapes = (jax.ShapeDtypeStruct((n, a.shape[1]), a.dtype) for a in (x, dy))
+    some_x, some_dy = shapes
+    artefact = exported(Inputs(p, some_x, values, some_dy), implementation, ["cpu"])
+    many = jnp.tile(x, (8, 1)), jnp.tile(dy, (8, 1))
+    got = artefact.call(p, many[0], values, many[1])
+    want = products(Inputs(p, many[0], values, many[1]), implementation=implementation)
+    for g, w in zip(got, want, strict=True):
+        assert g.shape == w.shape
+
+
+def test_a_pattern_travels_with_a_saved_artefact():
+    """Coordinates are arguments; the static sizes are saved with the function."""
+    pytest.importorskip("flatbuffers", reason="jax.export serialises with flatbuffers")
+    p, x, values, _ = CASES[FEW].inputs()
+    saved = export.export(jax.jit(bsjax.matmul))(x, values, p).serialize()
+    loaded = export.deserialize(saved)
+    np.testing.assert_array_equal(loaded.call(x, values, p), bsjax.matmul(x, values, p))
+    other = bsjax.BlockPattern(p.row, p.col, p.grid, (4, 16))
+    with pytest.raises(ValueError, match="pytree"):
+        loaded.call(x, values, other)
