@@ -1,6 +1,7 @@
 """Which products are measured, and what the house wants of them."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -43,7 +44,8 @@ class Case:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Suite:
-    """Everything combined with everything, but for `auto_tokens` and `random_tokens`."""
+    """Everything combined with everything, as far as a run may take: patterns that are not random
+    are measured with the first weight only, and not at `auto_tokens` and `random_tokens`."""
 
     shapes: Sequence[tuple[int, int]] = ((2048, 2048), (1024, 4096))
     tokens: Sequence[int] = (64, 2048)
@@ -52,8 +54,7 @@ class Suite:
     patterns: Sequence[str] = PATTERNS
     dtypes: Sequence[str] = ("float32",)
     implementations: Sequence[str] = ("xla", "auto")
-    # Measured for random patterns only, since a run has an end: at auto_tokens only `auto`, and at
-    # random_tokens only weights that are wider than they are long.
+    # at auto_tokens only `auto` is measured, at random_tokens only weights wider than they are long
     auto_tokens: Sequence[int] = (512,)
     random_tokens: Sequence[int] = (4096,)
     peers: bool = True
@@ -74,39 +75,48 @@ PEER_BLOCKS, PEER_DENSITIES = (16, 64), (0.05, 0.25)
 def cases(suite: Suite, seed: int = 0) -> Iterator[Case]:
     """The cases of a suite; those of equal inputs follow each other. What does not exist (no
     Barabasi-Albert graph has so few edges) is left out."""
-    for dtype in suite.dtypes:
-        for k, m in suite.shapes:
-            for tokens in sorted({*suite.tokens, *suite.auto_tokens, *suite.random_tokens}):
-                extra = tokens not in suite.tokens
-                if tokens in suite.random_tokens and k >= m:
-                    continue
-                names = [name for name in suite.patterns if name == "random" or not extra]
-                only_auto = extra and tokens in suite.auto_tokens
-                wanted = [i for i in suite.implementations if i == "auto" or not only_auto]
-                for name, block, density in _product(names, suite.blocks, suite.densities):
-                    mask = nearest(name, (k // block, m // block), density, seed)
-                    if mask is None or not wanted:
-                        continue
-                    few = block in PEER_BLOCKS and density in PEER_DENSITIES
-                    yield Case(
-                        shape=(k, m),
-                        tokens=tokens,
-                        dtype=dtype,
-                        pattern=name,
-                        block=block,
-                        density=density,
-                        implementations=tuple(wanted),
-                        p=bsjax.BlockPattern.from_mask(mask, block),
-                        peers=suite.peers
-                        and few
-                        and not extra
-                        and (k, m) == suite.shapes[0]
-                        and (name, dtype) == ("random", "float32"),
-                    )
+    for dtype, size in itertools.product(suite.dtypes, _sizes(suite)):
+        (k, m), tokens, names, implementations = size
+        for name, block, density in itertools.product(names, suite.blocks, suite.densities):
+            mask = nearest(name, (k // block, m // block), density, seed)
+            if mask is None:
+                continue
+            case = Case(
+                shape=(k, m),
+                tokens=tokens,
+                dtype=dtype,
+                pattern=name,
+                block=block,
+                density=density,
+                implementations=implementations,
+                p=bsjax.BlockPattern.from_mask(mask, block),
+            )
+            yield dataclasses.replace(case, peers=suite.peers and _has_peers(case, suite))
 
 
-def _product(names, blocks, densities) -> Iterator[tuple[str, int, float]]:
-    return ((name, b, d) for name in names for b in blocks for d in densities)
+def _sizes(suite: Suite) -> Iterator[tuple[tuple[int, int], int, list[str], tuple[str, ...]]]:
+    """Weight, tokens, patterns and implementations that are measured together."""
+    random = [name for name in suite.patterns if name == "random"]
+    everything = tuple(suite.implementations)
+    auto = tuple(name for name in everything if name == "auto")
+    for shape in suite.shapes:
+        names = list(suite.patterns) if shape == suite.shapes[0] else random
+        for tokens in sorted({*suite.tokens, *suite.auto_tokens, *suite.random_tokens}):
+            if tokens in suite.tokens:
+                yield shape, tokens, names, everything
+            elif tokens in suite.auto_tokens and auto:
+                yield shape, tokens, random, auto
+            elif tokens in suite.random_tokens and shape[0] < shape[1]:
+                yield shape, tokens, random, everything
+
+
+def _has_peers(case: Case, suite: Suite) -> bool:
+    return (
+        (case.pattern, case.dtype, case.shape) == ("random", "float32", suite.shapes[0])
+        and case.tokens in suite.tokens
+        and case.block in PEER_BLOCKS
+        and case.density in PEER_DENSITIES
+    )
 
 
 def nearest(

@@ -60,16 +60,16 @@ def _groups(
         yield name, list(group)
 
 
-def tables(records: Sequence[Record]) -> Iterator[Table]:
+def tables(records: Sequence[Record]) -> Iterator[str | Table]:
     """Time over dense time, one table for each size: forward, dx and dvalues in each cell."""
     ours = [one for one in records if not one["peer"]]
     for (dtype, shape, tokens), group in _groups(ours, "dtype", "shape", "tokens"):
         densities = sorted({one["density_asked"] for one in group})
-        k, m = shape
-        table = Table(
-            title=f"time / dense time: {tokens} tokens, {k} x {m}, {dtype}; forward dx dvalues",
-            title_justify="left",
+        yield (
+            f"\ntime / dense time of forward, dx and dvalues, by density: "
+            f"{tokens} tokens, {shape[0]} x {shape[1]}, {dtype}"
         )
+        table = Table()
         for name in ("pattern", "block", "run"):
             table.add_column(name, justify="right" if name == "block" else "left")
         for density in densities:
@@ -176,12 +176,13 @@ def break_even(points: Iterable[tuple[float, float]]) -> tuple[float, str]:
     return 1.0, f"> {before:g}"
 
 
-def break_even_table(records: Sequence[Record]) -> Table | None:
+def break_even_table(records: Sequence[Record]) -> Iterator[str | Table]:
     """Below which density the stored blocks alone are faster, as measured with random patterns."""
     found = timed(records, implementation="xla", pattern="random")
     if not found:
-        return None
-    table = Table(title="break-even density of xla, random patterns", title_justify="left")
+        return
+    yield "\nbreak-even density of xla, random patterns"
+    table = Table()
     for name in ("tokens", "weight", "dtype", "block", *PRODUCTS, "the least"):
         table.add_column(name, justify="right")
     for key, group in _groups(found, "tokens", "shape", "dtype", "block"):
@@ -193,7 +194,7 @@ def break_even_table(records: Sequence[Record]) -> Table | None:
         ]
         cells = [text for _, text in at] + ["-"] * (len(PRODUCTS) - len(at))
         table.add_row(str(tokens), f"{k} x {m}", dtype, str(block[0]), *cells, min(at)[1])
-    return table
+    yield table
 
 
 def picture(records: Sequence[Record], path: Path, environment: Record) -> bool:

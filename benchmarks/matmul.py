@@ -26,7 +26,7 @@ IMPLEMENTATIONS = ("xla", "auto", "dense")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0 if every result was right, 1 if one was wrong."""
+    """Exit status: 0, or 1 if a result was wrong, or 130 if the run was interrupted."""
     parser = _parser()
     args = parser.parse_args(argv)
     suite = _suite(parser, args)
@@ -43,21 +43,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine = f"{where['cpu']}, {where['cores']} cores, {where['device']}, jax {where['jax']}"
     console.print(f"{len(found)} cases on {machine}, commit {where['commit']}", highlight=False)
     with out:
-        records = _run(found, out, console, args)
-    for table in (*report.tables(records), report.break_even_table(records)):
-        if table is not None:
-            console.print(table)
+        records, complete = _run(found, out, console, args)
+    for part in (*report.tables(records), *report.break_even_table(records), ""):
+        console.print(part, highlight=False)
     for text in report.summary(records):
         console.print(text, highlight=False, markup=False, soft_wrap=True)
     written = [args.json]
     if report.picture(records, args.json.with_suffix(".png"), where):
         written.append(args.json.with_suffix(".png"))
     console.print("written: " + ", ".join(map(str, written)), highlight=False, soft_wrap=True)
-    return int(any(one["refused"] for one in records))
+    if any(one["refused"] for one in records):
+        return 1
+    return 0 if complete else 130
 
 
-def _run(found: list[Case], out: JsonLines, console: Console, args: Any) -> list[Record]:
-    """Measures all cases; Ctrl-C ends the run early and keeps what there is."""
+def _run(
+    found: list[Case], out: JsonLines, console: Console, args: argparse.Namespace
+) -> tuple[list[Record], bool]:
+    """All records, and True; or, after Ctrl-C, those that there are, and False."""
     records, programs = [], Programs()
     columns = (
         MofNCompleteColumn(),
@@ -86,7 +89,8 @@ def _run(found: list[Case], out: JsonLines, console: Console, args: Any) -> list
                 bar.advance(task)
         except KeyboardInterrupt:
             console.print("interrupted: what follows is what was measured so far")
-    return records
+            return records, False
+    return records, True
 
 
 class _Parser(argparse.ArgumentParser):
@@ -123,7 +127,7 @@ def _parser() -> _Parser:
     add("--json", type=Path, default=Path("out/matmul.jsonl"), help="results; the PNG lies beside")
     add("--seed", type=_natural, default=0, help="of inputs and patterns")
     add("--rounds", type=_positive, help="pairs of runs per product, instead of --budget")
-    add("--budget", type=_seconds, default=0.8, help="seconds per product, 5 to 25 pairs")
+    add("--budget", type=_seconds, default=0.6, help="seconds per product, 5 to 25 pairs")
     return parser
 
 

@@ -104,7 +104,10 @@ def test_a_picture_is_drawn(whole):
 def test_tables_and_summary_are_printed(tmp_path, capsys):
     run(tmp_path, "--density", "0.25", "--pattern", "random")
     text = capsys.readouterr().out
-    for words in ("[1/1] 16 tokens 128x128 random b=8 0.250 xla", "time / dense time: 16 tokens"):
+    for words in (
+        "[1/1] 16 tokens 128x128 random b=8 0.250 xla",
+        "by density: 16 tokens, 128 x 128",
+    ):
         assert words in text
     assert "break-even density of xla" in text
     assert "result.jsonl" in text
@@ -323,7 +326,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(matmul, "measure", interrupted)
     status, records = run(tmp_path, "--density", "0.25,0.5", "--implementation", "xla")
-    assert status == 0
+    assert status == 130
     assert len(records) == len(PRODUCTS)
     text = capsys.readouterr().out
     assert "interrupted" in text
