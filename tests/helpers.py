@@ -6,11 +6,14 @@ are leaves: one compiled function serves them all, and the tests stay quick.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
+import pytest
 
 import bsjax
 
@@ -152,3 +155,18 @@ def kept(inputs: Inputs) -> Inputs:
     """The same numbers in the dtype that the library sums in: what rounding is compared with."""
     p, *arrays = inputs
     return Inputs(p, *(a.astype(accumulator(a.dtype)) for a in arrays))
+
+
+def assert_raises(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+    """`call` is answered by exactly this sentence.
+
+    The checks of a test run (jaxtyping, beartype) are off meanwhile, as they are for users: what
+    is tested is what users see.
+    """
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        with pytest.raises(error) as caught:
+            call()
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+    assert str(caught.value) == message

@@ -54,7 +54,7 @@ def matmul(
     After Gray, Radford and Kingma 2017, "GPU Kernels for Block-Sparse Weights".
     """
     op = "matmul"
-    p = validate.pattern(op, p)
+    p, transpose = validate.pattern(op, p), validate.flag(op, "transpose", transpose)
     x, values = validate.array(op, "x", x), validate.values(op, "values", values, p)
     k, m = p.shape[::-1] if transpose else p.shape
     validate.last_axis(op, "x", x, k, p, "multiply the transpose of" if transpose else "multiply")
@@ -180,7 +180,7 @@ def _spec(
 def _activation(op: str, wanted: Activation | None) -> Callable[[Array], Array] | None:
     if wanted is None or callable(wanted):
         return wanted
-    if wanted not in ACTIVATIONS:
+    if not isinstance(wanted, str) or wanted not in ACTIVATIONS:
         names = ", ".join(f'"{name}"' for name in ACTIVATIONS)
         raise ValueError(
             f"{op}: `activation` must be a function or one of {names}, got {wanted!r}."

@@ -96,6 +96,13 @@ def shape(op: str, name: str, value: jax.Array, wanted: tuple[int, ...], meaning
         )
 
 
+def flag(op: str, name: str, value: Any) -> bool:
+    """A plain truth value: neither a permutation of axes nor a tracer."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{op}: `{name}` must be True or False, got {value!r}.")
+    return bool(value)
+
+
 def precision(op: str, value: Any) -> Any:
     """None means full float32 for float32 operands."""
     if value is None:
