@@ -67,12 +67,14 @@ def check_multiple(name: str, value: int, of: str, unit: int) -> None:
 def fixed(config: Any) -> dict[str, Any]:
     """The values that a run must be resumed with (`same=True`)."""
     fields = [field for field in dataclasses.fields(config) if field.metadata.get("same")]
-    return {field.name: getattr(config, field.name) for field in fields}
+    return {f"--{field.name}": getattr(config, field.name) for field in fields}
 
 
-def flags(config: Any) -> str:
-    """The flags that make `config` from the defaults, for a shell."""
-    words = []
+def shell_command(module: str, config: Any) -> str:
+    """What to type for a run with `config`."""
+    python = Path(sys.executable)
+    here = python.is_relative_to(Path.cwd())
+    words = [str(python.relative_to(Path.cwd()) if here else python), "-m", module]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value == field.default:
@@ -107,9 +109,16 @@ class _Parser(argparse.ArgumentParser):
         raise Mistake(f"{message}; `{self.prog} --help` lists every flag")
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
+class _Help(argparse.HelpFormatter):
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=32, width=100)
+        super().__init__(prog, max_help_position=30, width=100)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        if all(action.default is not none for none in (None, (), False, argparse.SUPPRESS)):
+            value = action.default
+            text += f" (default: {os.path.relpath(value) if action.type is Path else value})"
+        return text.replace("%", "%%")
 
 
 def _underscored(word: str) -> str:
@@ -124,7 +133,7 @@ def _underscored(word: str) -> str:
 
 def _reader(field: dataclasses.Field) -> dict[str, Any]:
     """How argparse reads one field."""
-    text = {"help": field.metadata["help"].replace("%", "%%")}
+    text = {"help": field.metadata["help"]}
     if field.type is bool:
         return text | {"action": argparse.BooleanOptionalAction}
     if field.type == tuple[Path, ...]:

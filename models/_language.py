@@ -49,7 +49,7 @@ def generate(
 
     Temperature 0 takes the likeliest byte, 1 draws from the model's probabilities.
     """
-    written = list(prompt.encode()) or [ord("\n")]
+    written = list(prompt.encode(errors="surrogateescape")) or [ord("\n")]
     key = jax.random.key(seed)
     for i in range(count):
         seen = written[-length:]

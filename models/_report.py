@@ -115,13 +115,13 @@ def print_sample(title: str, text: str) -> None:
     out.print(safe, markup=False)
 
 
-def save_json(path: Path, results: Mapping[str, Any]) -> None:
+def save_json(path: Path | str, results: Mapping[str, Any]) -> None:
     """The numbers of a run, for scripts."""
-    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    Path(path).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 def save_curves(
-    path: Path, losses: Mapping[str, Sequence[float]], lines: Mapping[str, float], *, y: str
+    path: Path | str, losses: Mapping[str, Sequence[float]], lines: Mapping[str, float], *, y: str
 ) -> None:
     """Training losses by step, with horizontal lines to compare them with."""
     smooth = max(1, min(map(len, losses.values())) // 25)
@@ -133,12 +133,12 @@ def save_curves(
     _save(path, axes.figure)
 
 
-def save_patterns(path: Path, patterns: Mapping[str, Any], columns: int) -> None:
+def save_patterns(path: Path | str, patterns: Mapping[str, Any], columns: int) -> None:
     """A sheet of patterns."""
     _save(path, plot.patterns(patterns, columns=columns))
 
 
-def save_speed(path: Path, title: str, speed: Mapping[float, Ratio]) -> None:
+def save_speed(path: Path | str, title: str, speed: Mapping[float, Ratio]) -> None:
     """Time over dense time against density, with quartiles, and the lines of both extremes."""
     densities, ratios = list(speed), list(speed.values())
     measured = {"measured": (densities, [r.median for r in ratios])}
@@ -183,6 +183,6 @@ def _label(axes: Any, name: str, height: float) -> None:
     )
 
 
-def _save(path: Path, figure: Any) -> None:
+def _save(path: Path | str, figure: Any) -> None:
     figure.savefig(path, dpi=160)
     pyplot.close(figure)

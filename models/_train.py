@@ -52,21 +52,19 @@ class CtrlC:
 
 
 class Progress:
-    """A bar with a note and the time left; a plain line now and then where there is no terminal."""
+    """A bar with a note, tokens per second and the time left; where it cannot be redrawn, lines."""
 
-    def __init__(self, title: str, steps: int, *, start: int = 0) -> None:
-        self.out, self.title, self.steps = console(), title, steps
-        columns = (
+    def __init__(self, steps: int, *, start: int = 0, tokens: int) -> None:
+        self.out, self.steps, self.tokens = console(), steps, tokens
+        plain = not self.out.is_terminal
+        columns = [
             bars.TextColumn("{task.description}"),
-            bars.BarColumn(bar_width=None),
+            bars.BarColumn(),
             bars.MofNCompleteColumn(),
             bars.TextColumn("{task.fields[note]}"),
-            bars.TextColumn("{task.fields[left]} left"),
-        )
-        self.bar = bars.Progress(
-            *columns, console=self.out, expand=True, disable=not self.out.is_terminal
-        )
-        self.task = self.bar.add_task(title, total=steps, completed=start, note="", left="-:--")
+        ]
+        self.bar = bars.Progress(*columns, console=self.out, disable=plain)
+        self.task = self.bar.add_task("training", total=steps, completed=start, note="compiling")
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -78,24 +76,26 @@ class Progress:
         self.bar.stop()
 
     def update(self, step: int, note: str) -> None:
-        """`step` steps are done. The first one compiles, so the time left counts from there."""
+        """`step` steps are done. The first of this run compiles, so time counts from its end."""
         now = time.monotonic()
         self.first = self.first or (step, now)
         done, seconds = step - self.first[0], now - self.first[1]
-        left = _clock((self.steps - step) * seconds / done) if done else "-:--"
-        self.bar.update(self.task, completed=step, note=note, left=left)
-        due = now - self.printed >= PLAIN_EVERY or step == self.steps or not done
+        if done:
+            speed, left = done * self.tokens / seconds, (self.steps - step) * seconds / done
+            note += f", {speed:,.0f} tokens/s, {int(left) // 60}:{int(left) % 60:02d} left"
+        self.bar.update(self.task, completed=step, note=note)
+        due = not done or step == self.steps or now - self.printed >= PLAIN_EVERY
         if due and not self.out.is_terminal:
             self.printed = now
-            print(f"{self.title} {step}/{self.steps}  {note}  {left} left", flush=True)
+            print(f"training {step}/{self.steps} {note}", flush=True)
 
 
 class Checkpoints:
     """The last state of a run, in `folder`.
 
-    What is saved are the array leaves of pytrees, by name. Beside them: `about`, what must be the
-    same for the run to go on; the grid and the block of every `BlockPattern`, which are no leaves;
-    and `log`, anything that fits in JSON. Each checkpoint is written aside and then renamed.
+    What is saved are the array leaves of pytrees, by name. Beside them: `about`, named values that
+    must be the same for the run to go on; the grid and the block of every `BlockPattern`, which are
+    no leaves; and `log`, anything that fits in JSON. Each checkpoint is written aside and renamed.
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
@@ -116,11 +116,11 @@ class Checkpoints:
             self.close()
             shutil.rmtree(self.folder, ignore_errors=True)
             self._ours = True
+        arrays = _arrays(tree)
+        record = {**_static(tree, arrays), "about": self.about, "log": log}
         args = ocp.args.Composite(
-            arrays=ocp.args.StandardSave(_arrays(tree)),  # pyright: ignore[reportCallIssue]
-            record=ocp.args.JsonSave(  # pyright: ignore[reportCallIssue]
-                {"about": self.about, "patterns": _patterns(tree), "log": log}
-            ),
+            arrays=ocp.args.StandardSave(arrays),  # pyright: ignore[reportCallIssue]
+            record=ocp.args.JsonSave(record),  # pyright: ignore[reportCallIssue]
         )
         self._open().save(step, args=args, force=True)
 
@@ -134,15 +134,11 @@ class Checkpoints:
             record = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
             record = record["record"]
             for name, what in record["about"].items():
-                _refuse(where, f"--{name}", what, self.about.get(name))
-            for name, (grid, block) in {**record["patterns"], **_patterns(tree)}.items():
-                was = record["patterns"].get(name)
-                _refuse(where, f"the pattern {name} of (grid, block)", was, [grid, block])
-            saved = manager.item_metadata(step)["arrays"]
+                _refuse(where, name, what, self.about.get(name))
             now = _arrays(tree)
-            for name in {**saved, **now}:
-                was, is_ = (tuple(t[name].shape) if name in t else None for t in (saved, now))
-                _refuse(where, f"the array {name} of shape", was, is_)
+            for what, wanted in _static(tree, now).items():
+                for name in {**record[what], **wanted}:
+                    _refuse(where, f"{what} {name}", record[what].get(name), wanted.get(name))
             args = ocp.args.StandardRestore(now)  # pyright: ignore[reportCallIssue]
             arrays = manager.restore(step, args=ocp.args.Composite(arrays=args))["arrays"]
         except (KeyError, OSError, TypeError, ValueError) as error:
@@ -167,6 +163,13 @@ class Checkpoints:
         return self._manager
 
 
+def finite(name: str, loss: Any) -> float:
+    """The loss as a number. Raises `Mistake` if it is none."""
+    if not np.isfinite(loss):
+        raise Mistake(f"the {name} model diverged, its loss is {loss}: lower --learning_rate")
+    return float(loss)
+
+
 def output_folder(path: Path) -> Path:
     """`path`, made if need be. Raises `Mistake` if nothing can be written there."""
     probe = path / ".writable"
@@ -184,8 +187,8 @@ def output_folder(path: Path) -> Path:
 def _refuse(where: str, name: str, was: Any, now: Any) -> None:
     if was != now:
         raise Mistake(
-            f"{where} has {name} {was}, this run {now}: give the values it was made with, or start "
-            "a new run without --resume"
+            f"{where} has {name} {was}, this run {now}: give what it was made with, or start anew "
+            "without --resume"
         )
 
 
@@ -195,21 +198,22 @@ def _arrays(tree: Any) -> dict[str, np.ndarray]:
     return {_name(path): np.array(_raw(leaf)) for path, leaf in named}
 
 
+def _static(tree: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """What orbax does not compare: for it, leaves that fit are enough."""
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, BlockPattern))
+    patterns = {_name(path): p for path, p in found if isinstance(p, BlockPattern)}
+    return {
+        "pattern (grid, block)": {n: [list(p.grid), list(p.block)] for n, p in patterns.items()},
+        "array (shape, type)": {n: [list(a.shape), str(a.dtype)] for n, a in arrays.items()},
+    }
+
+
 def _filled(tree: Any, arrays: Mapping[str, Any]) -> Any:
     def leaf(path: Any, like: Any) -> Any:
         array = jax.numpy.asarray(arrays[_name(path)])
         return jax.random.wrap_key_data(array) if _is_key(like) else array
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
-
-
-def _patterns(tree: Any) -> dict[str, list]:
-    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, BlockPattern))
-    return {
-        _name(path): [list(p.grid), list(p.block)]
-        for path, p in found
-        if isinstance(p, BlockPattern)
-    }
 
 
 def _name(path: Any) -> str:
@@ -222,7 +226,3 @@ def _is_key(leaf: Any) -> bool:
 
 def _raw(leaf: Any) -> Any:
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,15 +25,26 @@ from flax import nnx
 
 import bsjax
 import bsjax.nnx
-from models import _report as report
 from models import _text as texts
-from models._cli import INTERRUPTED, Mistake, check_multiple, fixed, flags, option, parse, run_main
-from models._language import bits, generate, heldout_bits
-from models._train import Checkpoints, CtrlC, Progress, output_folder
+from models._cli import (
+    INTERRUPTED,
+    Mistake,
+    check_multiple,
+    fixed,
+    option,
+    parse,
+    run_main,
+    shell_command,
+)
+from models._compare import compare
+from models._language import bits
+from models._train import Checkpoints, CtrlC, Progress, finite, output_folder
 
+ABOUT = "Trains a wide block-sparse language model beside a narrower dense one of equal size."
 OUT = Path(__file__).parent.parent / "out"
 ORDER = 4  # bytes that one position sees before any attention
 BYTES = 256
+NORMAL = nnx.initializers.normal(1.0)
 type Linear = Callable[..., nnx.Module]  # (features in, features out, gain=1.0) -> layer
 
 
@@ -50,7 +60,7 @@ class Config:
     steps: int = option(300, "training steps of each model", least=1, same=True)
     batch: int = option(4, "windows of text per step", least=1, same=True)
     length: int = option(256, "bytes per window", least=8, same=True)
-    width: int = option(512, "width of the sparse model", least=1, same=True)
+    width: int = option(512, "width of the sparse model", least=8, same=True)
     layers: int = option(2, "layers of every model", least=1, same=True)
     heads: int = option(4, "attention heads of every model", least=1, same=True)
     block: int = option(64, "side of a block of weights", least=1, same=True)
@@ -59,7 +69,7 @@ class Config:
     learning_rate: float = option(4e-3, "its highest value", above=0, same=True)
     warmup: float = option(0.1, "share of the steps in which it rises", least=0, most=1, same=True)
     weight_decay: float = option(0.1, "of all weights but biases and gains", least=0, same=True)
-    seed: int = option(0, "of weights, patterns and batches", least=0, same=True)
+    seed: int = option(0, "of weights, patterns and batches", least=0, most=2**31 - 1, same=True)
     checkpoint_every: int = option(100, "steps between checkpoints", least=1)
     heldout_bytes: int = option(65_536, "of held-out text to measure on", least=1)
     rounds: int = option(5, "timed steps of each model", least=1)
@@ -110,14 +120,12 @@ class Transformer(nnx.Module):
     def __init__(self, config: Config, size: Size, rngs: nnx.Rngs):
         linear = size.linear(config, rngs)
         parts = [size.width // ORDER + (i < size.width % ORDER) for i in range(ORDER)]
-        normal = nnx.initializers.normal(1.0)
         self.embeddings = nnx.List(
-            [nnx.Embed(BYTES, part, embedding_init=normal, rngs=rngs) for part in parts]
+            [nnx.Embed(BYTES, part, embedding_init=NORMAL, rngs=rngs) for part in parts]
         )
         self.blocks = nnx.List([Block(config, size, linear, rngs) for _ in range(config.layers)])
         self.norm = nnx.RMSNorm(size.width, rngs=rngs)
-        small = nnx.initializers.variance_scaling(0.1, "fan_in", "normal")
-        self.head = nnx.Linear(size.width, BYTES, kernel_init=small, rngs=rngs)
+        self.head = nnx.Linear(size.width, BYTES, kernel_init=by_fan_in(0.3), rngs=rngs)
 
     def __call__(self, data: jax.Array) -> jax.Array:
         length = data.shape[1]
@@ -138,12 +146,17 @@ def rotate(x: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
 
+@functools.cache  # two models of a size must be made of the same functions, or both compile
+def by_fan_in(gain: float) -> nnx.Initializer:
+    """Weights that keep the variance of features, times `gain` squared."""
+    return nnx.initializers.variance_scaling(gain**2, "fan_in", "normal")
+
+
 def dense(config: Config, rngs: nnx.Rngs) -> Linear:
     """Linear layers that store every weight."""
 
     def linear(k: int, m: int, gain: float = 1.0) -> nnx.Module:
-        init = nnx.initializers.variance_scaling(gain**2, "fan_in", "normal")
-        return nnx.Linear(k, m, kernel_init=init, rngs=rngs)
+        return nnx.Linear(k, m, kernel_init=by_fan_in(gain), rngs=rngs)
 
     return linear
 
@@ -171,6 +184,11 @@ def parameters(config: Config, size: Size) -> int:
     """The number of parameters, counted whole: embeddings, gains and biases too."""
     model = nnx.eval_shape(lambda: Transformer(config, size, nnx.Rngs(0)))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def wide(config: Config) -> Size:
+    """The block-sparse model."""
+    return Size(config.width, 4 * config.width, block_sparse)
 
 
 def narrower(config: Config, sparse: Size) -> Size:
@@ -207,12 +225,17 @@ class Run(NamedTuple):
     @classmethod
     def start(cls, config: Config, size: Size) -> "Run":
         model = Transformer(config, size, nnx.Rngs(config.seed))
-        peak, rising = config.learning_rate, round(config.warmup * config.steps)
-        schedule = optax.warmup_cosine_decay_schedule(0, peak, rising, config.steps, peak / 50)
-        decayed = functools.partial(jax.tree.map, lambda parameter: parameter.ndim > 1)
-        adam = optax.adamw(schedule, b2=0.99, weight_decay=config.weight_decay, mask=decayed)
-        optimizer = optax.chain(optax.clip_by_global_norm(1.0), adam)
-        return cls(model, nnx.Optimizer(model, optimizer, wrt=nnx.Param))
+        return cls(model, nnx.Optimizer(model, adam(config), wrt=nnx.Param))
+
+
+@functools.cache
+def adam(config: Config) -> optax.GradientTransformation:
+    """AdamW (Loshchilov & Hutter 2019); its rate rises, then falls along a cosine."""
+    peak, rising = config.learning_rate, round(config.warmup * config.steps)
+    rate = optax.warmup_cosine_decay_schedule(0, peak, rising, config.steps, peak / 50)
+    matrices = functools.partial(jax.tree.map, lambda parameter: parameter.ndim > 1)
+    adamw = optax.adamw(rate, b2=0.99, weight_decay=config.weight_decay, mask=matrices)
+    return optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
 
 @nnx.jit(donate_argnames=("model", "optimizer"))
@@ -237,16 +260,14 @@ def train(config: Config, text: texts.Text, runs: dict[str, Run], saved: Checkpo
         for name, run in runs.items():
             nnx.update(run, states[name])
         print(f"Going on from step {first}.")
-    with CtrlC() as stop, Progress("training", config.steps, start=first) as progress:
+    progress = Progress(config.steps, start=first, tokens=config.batch * config.length)
+    with CtrlC() as stop, progress:
         for step in range(first, config.steps):
-            data, note = batch(config, text, step), []
+            data, done = batch(config, text, step), step + 1
             for name, run in runs.items():
-                start = time.perf_counter()
-                losses[name].append(float(train_step(*run, data)))
-                speed = config.batch * config.length / (time.perf_counter() - start)
-                note.append(f"{name} {losses[name][-1]:.2f} bits/byte {speed:,.0f} tokens/s")
-            done = step + 1
-            progress.update(done, ", ".join(note))
+                losses[name].append(finite(name, train_step(*run, data)))
+            now = ", ".join(f"{name} {losses[name][-1]:.2f}" for name in runs)
+            progress.update(done, f"{now} bits/byte")
             if stop.asked or done % config.checkpoint_every == 0 or done == config.steps:
                 saved.save(done, {name: nnx.state(run) for name, run in runs.items()}, losses)
             if stop.asked:
@@ -255,87 +276,59 @@ def train(config: Config, text: texts.Text, runs: dict[str, Run], saved: Checkpo
     return None if stop.asked else losses
 
 
-# ------------------------------------------------------------------------------- the comparison
-
-
-def compare(config: Config, text: texts.Text, sizes: dict[str, Size], runs: Any, losses: Any):
-    """The table, a sample and the pictures."""
-    sparse, wide = "block-sparse", f"dense, {config.width} wide"
-    sizes = {**sizes, wide: sizes[sparse]._replace(linear=dense)}
-    print("Measuring on held-out text ...", flush=True)
-    measured = {"count": config.heldout_bytes, "length": config.length, "size": config.batch}
-    heldout = {name: heldout_bits(r.model, text.heldout, **measured) for name, r in runs.items()}
-    lines = {
-        "unigram": texts.unigram_bits(text.train, text.heldout),
-        "lzma": texts.lzma_bits(text.heldout),
-    }
-    print("Timing steps of all three models, in turn ...", flush=True)
-    data, fresh = batch(config, text, 0), {n: Run.start(config, size) for n, size in sizes.items()}
-    steps = {name: functools.partial(train_step, *run, data) for name, run in fresh.items()}
-    seconds = report.interleaved(steps, config.rounds)
-    kept = report.patterns_in(runs[sparse].model)
-    rows = {
+def contenders(config: Config, text: texts.Text, sizes: dict[str, Size]) -> dict[str, dict]:
+    """What to say and to time of each model, and of the dense one that is as wide."""
+    sizes = {**sizes, f"dense, {config.width} wide": wide(config)._replace(linear=dense)}
+    data = batch(config, text, 0)
+    return {
         name: {
             "width": size.width,
             "parameters": parameters(config, size),
-            "stored": report.stored_share(kept) if name == sparse else 1.0,
-            "bits/byte": heldout.get(name, "not trained"),
-            "ms/step": 1e3 * float(np.median(seconds[name])),
-            f"speed ({wide} = 1)": report.ratio(seconds[wide], seconds[name]),
+            "step": functools.partial(train_step, *Run.start(config, size), data),
         }
         for name, size in sizes.items()
     }
-    rows |= {name: {"bits/byte": value} for name, value in lines.items()}
-    tokens = config.steps * config.batch * config.length
-    title = f"{config.steps:,} steps of {config.batch} x {config.length} bytes: {tokens:,} tokens"
-    report.print_table(title, rows)
 
-    drawn = {"count": config.sample_length, "temperature": config.temperature}
-    sample = generate(
-        runs[sparse].model, config.prompt, length=config.length, seed=config.seed, **drawn
-    )
-    report.print_sample("A sample of what the block-sparse model writes:", sample)
 
-    print("Timing one layer at several densities ...", flush=True)
-    k, m, tokens = config.width, 4 * config.width, config.batch * config.length
-    speed = report.layer_times(
-        lambda density, rngs: (
-            dense(config, rngs)(k, m)
-            if density is None
-            else block_sparse(dataclasses.replace(config, density=density), rngs)(k, m)
-        ),
-        jnp.ones((tokens, k)),
-        config.rounds,
-    )
-    title = f"A layer {k} x {m} in blocks of {config.block}, {tokens:,} tokens, with gradients"
-    report.save_json(config.out / "transformer.json", {"flags": flags(config), "models": rows})
-    report.save_curves(config.out / "transformer-losses.png", losses, lines, y="bits per byte")
-    report.save_patterns(config.out / "transformer-patterns.png", kept, columns=4)
-    report.save_speed(config.out / "transformer-speed.png", title, speed)
+def layer(config: Config, density: float | None, rngs: nnx.Rngs) -> nnx.Module:
+    """The first layer of an MLP, dense if the density is None."""
+    config = dataclasses.replace(config, density=density or 1.0)
+    linear = block_sparse if density else dense
+    return linear(config, rngs)(config.width, 4 * config.width)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Trains, compares and reports; the exit code."""
-    config = parse(Config, argv, command="python -m models.transformer", about=__doc__ or "")
+    config = parse(Config, argv, command="python -m models.transformer", about=ABOUT)
     for name, unit in (("2 x --heads", 2 * config.heads), ("--block", config.block)):
         check_multiple("width", config.width, name, unit)
+    blocks = config.width // config.block
+    if config.density * blocks**2 < 1:
+        raise Mistake(
+            f"--density {config.density} stores less than one of the {blocks} x {blocks} blocks of "
+            f"a layer: give at least {1 / blocks**2:.4f}, or a smaller --block"
+        )
     output_folder(config.out)
     text = texts.load(config.data, config.length + 1)
     print(text.about)
-    sparse = Size(config.width, 4 * config.width, block_sparse)
-    sizes = {"block-sparse": sparse, "dense": narrower(config, sparse)}
+    sizes = {"block-sparse": wide(config), "dense": narrower(config, wide(config))}
     runs = {name: Run.start(config, size) for name, size in sizes.items()}
-    saved = Checkpoints(
-        config.out / "transformer-checkpoint", {**fixed(config), "data": text.digest}
-    )
+    about = {**fixed(config), "a text with the hash": text.digest}
+    saved = Checkpoints(config.out / "transformer-checkpoint", about)
     losses = train(config, text, runs, saved)
     if losses is None:
-        again = flags(dataclasses.replace(config, resume=True))
-        print(f"Stopped. The checkpoint is in {saved.folder}; go on with")
-        print(f"  python -m models.transformer {again}")
+        again = shell_command("models.transformer", dataclasses.replace(config, resume=True))
+        print(f"Stopped. The checkpoint is in {saved.folder}; go on with\n  {again}")
         return INTERRUPTED
-    compare(config, text, sizes, runs, losses)
-    print(f"Pictures, numbers and the last checkpoint are in {config.out}")
+    compare(
+        "transformer",
+        config,
+        text,
+        losses,
+        trained={name: run.model for name, run in runs.items()},
+        contenders=contenders(config, text, sizes),
+        layer=functools.partial(layer, config),
+    )
     return 0
 
 

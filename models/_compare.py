@@ -1,0 +1,72 @@
+"""How two language models of equal size, trained on the same text, are compared: one is sparse.
+
+`config` is that of a recipe; the fields read here mean the same in each of them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from models import _report as report
+from models import _text as texts
+from models._cli import fixed
+from models._language import generate, heldout_bits
+
+
+def compare(
+    recipe: str,
+    config: Any,
+    text: texts.Text,
+    losses: Mapping[str, Sequence[float]],
+    trained: Mapping[str, nnx.Module],
+    contenders: Mapping[str, Mapping[str, Any]],
+    layer: Callable[[float | None, nnx.Rngs], nnx.Module],
+) -> None:
+    """Prints the table and a sample, saves the numbers and the pictures.
+
+    The first model of `trained` is the sparse one. `contenders` are the same models, afresh, and
+    last the dense one of the sparse one's width: what the table says of each, and as `step` a
+    function that takes a training step.
+    """
+    sparse, wide = next(iter(trained)), list(contenders)[-1]
+    print("Measuring on held-out text ...", flush=True)
+    sizes = {"count": config.heldout_bytes, "length": config.length, "size": 4 * config.batch}
+    heldout = {name: heldout_bits(model, text.heldout, **sizes) for name, model in trained.items()}
+    lines = {
+        "unigram": texts.unigram_bits(text.train, text.heldout),
+        "lzma": texts.lzma_bits(text.heldout),
+    }
+    print("Timing training steps, the models in turn ...", flush=True)
+    seconds = report.interleaved({n: c["step"] for n, c in contenders.items()}, config.rounds)
+    patterns = report.patterns_in(trained[sparse])
+    rows = {
+        name: {
+            **{key: fact for key, fact in facts.items() if key != "step"},
+            "stored": report.stored_share(patterns) if name == sparse else 1.0,
+            "bits/byte": heldout.get(name, "not trained"),
+            "ms/step": 1e3 * float(np.median(seconds[name])),
+            f"speed ({wide} = 1)": report.ratio(seconds[wide], seconds[name]),
+        }
+        for name, facts in contenders.items()
+    }
+    rows |= {name: {"bits/byte": value} for name, value in lines.items()}
+    window = config.batch * config.length
+    title = f"{config.steps:,} steps of {window:,} bytes; bits/byte on held-out text"
+    report.print_table(title, rows)
+    drawn = {"count": config.sample_length, "temperature": config.temperature}
+    drawn |= {"length": config.length, "seed": config.seed}
+    sample = generate(trained[sparse], config.prompt, **drawn)
+    report.print_sample(f"What the {sparse} model writes:", sample)
+
+    print("Timing one layer at several densities ...", flush=True)
+    speed = report.layer_times(layer, jnp.zeros((window, config.width)), config.rounds)
+    stem = str(config.out / recipe)
+    report.save_json(f"{stem}.json", {"flags": fixed(config), "models": rows})
+    report.save_curves(f"{stem}-losses.png", losses, lines, y="bits per byte")
+    report.save_patterns(f"{stem}-patterns.png", patterns, columns=4)
+    title = f"One layer, {window:,} tokens, forward and backward"
+    report.save_speed(f"{stem}-speed.png", title, speed)
+    print(f"Pictures, numbers and the last checkpoint are in {config.out}")
