@@ -17,15 +17,26 @@ def check(p: BlockPattern) -> None:
     `err.throw()`. A pattern made from a traced mask that did not fit its capacity is found here.
     """
     if not isinstance(p, BlockPattern):
-        raise TypeError(f"check: expected a BlockPattern, got {type(p).__name__}.")
+        raise TypeError(
+            f"check: `p` must be a BlockPattern, got {type(p).__name__}: build one with "
+            "BlockPattern.from_mask(mask, block=...)."
+        )
     for name, leaf in (("row", p.row), ("col", p.col)):
-        if leaf.dtype != jnp.int32:
-            raise TypeError(f"check: `{name}` must be int32, got {leaf.dtype}.")
+        found = getattr(leaf, "dtype", type(leaf).__name__)
+        if found != jnp.int32:
+            raise TypeError(
+                f"check: `p.{name}` must be int32, got {found}: coordinates are indices, which "
+                "casting or averaging a model must leave out."
+            )
+    if p.row.shape != p.col.shape:
+        raise ValueError(
+            f"check: `p.row` and `p.col` must have one shape, got {p.row.shape} and "
+            f"{p.col.shape}: each slot has one of both."
+        )
     if is_concrete(p.row, p.col):
-        e = p.capacity
-        rows, cols = np.asarray(p.row).reshape(-1, e), np.asarray(p.col).reshape(-1, e)
-        for row, col in zip(rows, cols, strict=True):
-            validate.sorted_coords("check", row, col, p.grid)
+        rows, cols = np.asarray(p.row), np.asarray(p.col)
+        for i in np.ndindex(rows.shape[:-1]):
+            validate.sorted_coords("check", rows[i], cols[i], p.grid)
         return
     r, c = p.grid
     row, col = p.row, p.col

@@ -29,6 +29,11 @@ def partition(
 
     `e'` is the largest number of blocks in a part, or `capacity`, which a traced pattern needs.
     """
+    if not isinstance(p, BlockPattern):
+        raise TypeError(
+            f"partition: `p` must be a BlockPattern, got {type(p).__name__}: build one with "
+            "BlockPattern.from_mask(mask, block=...)."
+        )
     if axis not in ("columns", "rows"):
         raise ValueError(f'partition: `axis` must be "columns" or "rows", got {axis!r}.')
     parts = validate.size("partition", "parts", parts, least=1)
@@ -49,7 +54,7 @@ def partition(
     index = (row, col)[along]
     part = index // width if width else index * 0 + parts  # spare slots land in part `parts`
     order = stable_argsort(part)
-    start = xp.searchsorted(part[order], xp.arange(parts + 1))
+    start = xp.searchsorted(part[order], xp.arange(parts + 1, dtype=xp.int32))
     if capacity is None:
         if not concrete:
             raise ValueError(
@@ -63,13 +68,11 @@ def partition(
             f"partition: a part holds {np.diff(start).max()} blocks, more than "
             f"`capacity={capacity}`: give at least that many."
         )
-    slot = start[:-1, None] + xp.arange(capacity)
+    slot = start[:-1, None] + xp.arange(capacity, dtype=xp.int32)[None, :]
     stored = slot < start[1:, None]
     overflow = start[1:] - start[:-1] > capacity
-    order = xp.where(
-        stored, xp.take(order, xp.minimum(slot, max(0, p.capacity - 1))) if p.capacity else -1, -1
-    )
-    shift = xp.arange(parts)[:, None] * width
+    order = xp.where(stored, order[xp.minimum(slot, p.capacity - 1)] if p.capacity else -1, -1)
+    shift = xp.arange(parts, dtype=xp.int32)[:, None] * width
     grid = (p.grid[0], width) if along else (width, p.grid[1])
 
     def local(coords: Any, base: Any, end: int) -> Any:
