@@ -1,7 +1,7 @@
 """`BlockPattern`: the coordinates of the stored blocks of a sparse matrix."""
 
 import json
-from typing import Any, NoReturn
+from typing import Any, NoReturn, SupportsIndex
 
 import jax
 import jax.export
@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Int32
 from bsjax.pattern import _validate as validate
 from bsjax.pattern._index import as_leaf, is_concrete, namespace, stable_argsort
 
-type Pair = int | tuple[int, int]
+type Size = SupportsIndex  # any whole number
+type Pair = Size | tuple[Size, Size]
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -50,10 +51,19 @@ class BlockPattern:
             f"BlockPattern is immutable: build a new one instead of setting {name}."
         )
 
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(
+            f"BlockPattern is immutable: build a new one instead of deleting {name}."
+        )
+
+    def __reduce__(self) -> Any:
+        # copy and pickle would set the slots one by one
+        return BlockPattern, (self.row, self.col, self.grid, self.block)
+
     # ------------------------------------------------------------------ construction
 
     @classmethod
-    def from_mask(cls, mask: Any, block: Pair, *, capacity: int | None = None) -> "BlockPattern":
+    def from_mask(cls, mask: Any, block: Pair, *, capacity: Size | None = None) -> "BlockPattern":
         """The pattern that stores the True blocks of `mask` (r, c); `block` is `b` or `(br, bc)`.
 
         `capacity` (at least the number of True entries) makes room for more blocks; it must be
@@ -71,7 +81,7 @@ class BlockPattern:
                     "from_mask: `mask` is traced, so the number of stored blocks is not known: "
                     "give `capacity=`, the most blocks that the pattern may ever hold."
                 )
-            validate.size("from_mask", "capacity", capacity)
+            capacity = validate.size("from_mask", "capacity", capacity)
             col, row = jnp.nonzero(mask.T, size=capacity, fill_value=-1)
             spare = jnp.arange(capacity) >= mask.sum()
             overflow = mask.sum() > capacity
@@ -81,7 +91,7 @@ class BlockPattern:
 
     @classmethod
     def from_coords(
-        cls, row: Any, col: Any, *, grid: Pair, block: Pair, capacity: int | None = None
+        cls, row: Any, col: Any, *, grid: Pair, block: Pair, capacity: Size | None = None
     ) -> tuple["BlockPattern", Int32[Array, " e"]]:
         """The pattern that stores blocks `(row[i], col[i])`, given in any order.
 
@@ -93,8 +103,7 @@ class BlockPattern:
         br, bc = validate.pair("from_coords", "block", block)
         row, col = validate.coords(row, col, (r, c))
         given = row.shape[0]
-        capacity = given if capacity is None else capacity
-        validate.size("from_coords", "capacity", capacity)
+        capacity = validate.size("from_coords", "capacity", given if capacity is None else capacity)
         if capacity < given:
             raise ValueError(
                 f"from_coords: {given} coordinates do not fit `capacity={capacity}`: "
@@ -179,12 +188,26 @@ class BlockPattern:
 
     def __repr__(self) -> str:
         sizes = f"grid={self.grid}, block={self.block}"
-        if not is_concrete(self.row, self.col) or self.row.ndim != 1:
+        if not self._drawable():
             return f"BlockPattern({sizes}, row={self.row!r}, col={self.col!r})"
         head = f"BlockPattern({sizes}, nnz={self.nnz}, capacity={self.capacity})"
         if not 0 < self.grid[0] * self.grid[1] <= 32 * 32 or max(self.grid) > 64:
             return head
         return "\n".join([head, *("  " + "".join(".#"[int(v)] for v in r) for r in self.mask())])
+
+    def _drawable(self) -> bool:
+        """Whether this is one pattern, seen and sound: a repr must not fail where others do."""
+        leaves = (self.row, self.col)
+        if not is_concrete(*leaves) or any(getattr(a, "dtype", None) != jnp.int32 for a in leaves):
+            return False
+        row, col = np.asarray(self.row), np.asarray(self.col)
+        if row.ndim != 1 or row.shape != col.shape:
+            return False
+        try:
+            validate.sorted_coords("repr", row, col, self.grid)
+        except ValueError:
+            return False
+        return True
 
     # ------------------------------------------------------------------ pytree
 

@@ -7,16 +7,16 @@ import numpy as np
 from jaxtyping import Array, Int32
 
 from bsjax.pattern import _validate as validate
-from bsjax.pattern._core import BlockPattern
+from bsjax.pattern._core import BlockPattern, Size
 from bsjax.pattern._index import as_leaf, is_concrete, stable_argsort
 
 
 def partition(
     p: BlockPattern,
-    parts: int,
+    parts: Size,
     *,
     axis: Literal["columns", "rows"] = "columns",
-    capacity: int | None = None,
+    capacity: Size | None = None,
 ) -> tuple[BlockPattern, Int32[Array, "parts e"]]:
     """Cut `p` into `parts` neighbouring runs of block-columns (or block-rows) of equal width.
 
@@ -62,7 +62,7 @@ def partition(
                 "`capacity=`, the most blocks that one part may hold."
             )
         capacity = int(np.diff(start).max())
-    validate.size("partition", "capacity", capacity)
+    capacity = validate.size("partition", "capacity", capacity)
     if concrete and np.diff(start).max() > capacity:
         raise ValueError(
             f"partition: a part holds {np.diff(start).max()} blocks, more than "

@@ -55,7 +55,7 @@ def mask(value: Any) -> tuple[int, int]:
 
 
 def fill(
-    where: str, row: np.ndarray, col: np.ndarray, grid: tuple[int, int], capacity: int | None
+    where: str, row: np.ndarray, col: np.ndarray, grid: tuple[int, int], capacity: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     """Concrete coordinates with spare slots behind them, up to `capacity`."""
     if capacity is None:
