@@ -29,17 +29,14 @@ class Case:
     peers: bool = False  # also time what one would use without this library
 
     @property
-    def name(self) -> str:
+    def size(self) -> str:
         """For people."""
-        k, m = self.shape
-        dtype = "" if self.dtype == "float32" else f" {self.dtype}"
-        where = f"{self.tokens} tokens, {k}x{m}{dtype}"
-        return f"{where}, {self.pattern}, block {self.block}, density {self.density:g}"
+        return f"{self.tokens} tokens {self.shape[0]}x{self.shape[1]}"
 
     @property
-    def flops(self) -> float:
-        """Of the dense product."""
-        return 2.0 * self.tokens * self.shape[0] * self.shape[1]
+    def seconds(self) -> float:
+        """A guess of what it takes to measure, for the progress bar."""
+        return 3 + self.tokens * self.shape[0] * self.shape[1] / 2e9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +51,7 @@ class Suite:
     patterns: Sequence[str] = PATTERNS
     dtypes: Sequence[str] = ("float32",)
     implementations: Sequence[str] = ("xla", "auto")
-    # at auto_tokens only `auto` is measured, at random_tokens only weights wider than they are long
+    # only `auto` and the first weight at auto_tokens, only wide weights at random_tokens
     auto_tokens: Sequence[int] = (512,)
     random_tokens: Sequence[int] = (4096,)
     peers: bool = True
@@ -100,11 +97,11 @@ def _sizes(suite: Suite) -> Iterator[tuple[tuple[int, int], int, list[str], tupl
     everything = tuple(suite.implementations)
     auto = tuple(name for name in everything if name == "auto")
     for shape in suite.shapes:
-        names = list(suite.patterns) if shape == suite.shapes[0] else random
+        first = shape == suite.shapes[0]
         for tokens in sorted({*suite.tokens, *suite.auto_tokens, *suite.random_tokens}):
             if tokens in suite.tokens:
-                yield shape, tokens, names, everything
-            elif tokens in suite.auto_tokens and auto:
+                yield shape, tokens, list(suite.patterns) if first else random, everything
+            elif tokens in suite.auto_tokens and first and auto:
                 yield shape, tokens, random, auto
             elif tokens in suite.random_tokens and shape[0] < shape[1]:
                 yield shape, tokens, random, everything

@@ -73,7 +73,7 @@ def tables(records: Sequence[Record]) -> Iterator[str | Table]:
         for name in ("pattern", "block", "run"):
             table.add_column(name, justify="right" if name == "block" else "left")
         for density in densities:
-            table.add_column(f"{density:g}", justify="center", no_wrap=True)
+            table.add_column(f"{density:g}", justify="center")
         for key, rows in _groups(group, "pattern", "block", "implementation"):
             cells = [
                 " ".join(
@@ -167,13 +167,13 @@ def break_even(points: Iterable[tuple[float, float]]) -> tuple[float, str]:
     points = sorted(points)
     (before, low), _ = points[0], None
     if low >= 1:
-        return 0.0, f"< {before:g}"
+        return 0.0, f"< {before:.2g}"
     for density, ratio in points[1:]:
         if ratio >= 1:
             at = before + (density - before) * (1 - low) / (ratio - low)
             return at, f"{at:.2f}"
         before, low = density, ratio
-    return 1.0, f"> {before:g}"
+    return 1.0, f"> {before:.2g}"
 
 
 def break_even_table(records: Sequence[Record]) -> Iterator[str | Table]:
@@ -193,7 +193,7 @@ def break_even_table(records: Sequence[Record]) -> Iterator[str | Table]:
             if ones
         ]
         cells = [text for _, text in at] + ["-"] * (len(PRODUCTS) - len(at))
-        table.add_row(str(tokens), f"{k} x {m}", dtype, str(block[0]), *cells, min(at)[1])
+        table.add_row(str(tokens), f"{k}x{m}", dtype, str(block[0]), *cells, min(at)[1])
     yield table
 
 

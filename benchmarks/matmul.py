@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks import _report as report
 from benchmarks._cases import FULL, PATTERNS, QUICK, Case, Suite, cases
@@ -62,19 +62,20 @@ def _run(
 ) -> tuple[list[Record], bool]:
     """All records, and True; or, after Ctrl-C, those that there are, and False."""
     records, programs = [], Programs()
-    columns = (
-        MofNCompleteColumn(),
-        BarColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     # Redrawn between the cases only: a bar that moves by itself takes time from what is measured.
-    bar = Progress(*columns, console=console, auto_refresh=False, disable=not console.is_terminal)
+    bar = Progress(
+        *columns,
+        console=console,
+        auto_refresh=False,
+        speed_estimate_period=600,
+        disable=not console.is_terminal,
+    )
     with bar:
-        task = bar.add_task("", total=len(found))
+        task = bar.add_task("", total=sum(case.seconds for case in found))
         try:
             for i, case in enumerate(found, 1):
-                bar.update(task, description=case.name, refresh=True)
+                bar.update(task, description=f"{i}/{len(found)} {case.size}", refresh=True)
                 new = list(
                     measure(case, programs, seed=args.seed, budget=args.budget, rounds=args.rounds)
                 )
@@ -86,7 +87,7 @@ def _run(
                     text = f"[{i}/{len(found)}] {text}"
                     console.print(text, highlight=False, markup=False, soft_wrap=True)
                 records += new
-                bar.advance(task)
+                bar.advance(task, case.seconds)
         except KeyboardInterrupt:
             console.print("interrupted: what follows is what was measured so far")
             return records, False
