@@ -27,11 +27,12 @@ def as_pattern(layer: str, pattern: Any, block: int | tuple[int, int] | None) ->
     return pattern
 
 
-def check_features(layer: str, p: BlockPattern, **features: int) -> None:
+def check_features(layer: str, p: BlockPattern, features: tuple[int, int]) -> None:
     """The grid must be as many blocks as the features need, the last one padded."""
-    for (name, size), side, count in zip(features.items(), p.block, p.grid, strict=True):
+    names = ("in_features", "out_features")
+    for name, size, side, count in zip(names, features, p.block, p.grid, strict=True):
         if -(-size // side) != count:
-            low, high = (count - 1) * side + 1, count * side
+            low, high = max(0, (count - 1) * side + 1), count * side
             raise ValueError(
                 f"{layer}: {name}={size} needs {-(-size // side)} blocks of {side}, but `pattern` "
                 f"has a grid {p.grid} of blocks {p.block}: its {name} may be {low} to {high}."
@@ -39,26 +40,34 @@ def check_features(layer: str, p: BlockPattern, **features: int) -> None:
 
 
 def linear(
-    x: Float[Array, "*n k"],
+    x: Any,
     values: Float[Array, "e br bc"],
     bias: Float[Array, " m"] | None,
     p: BlockPattern,
     *,
     layer: str,
-    in_features: int | None,
-    out_features: int,
+    features: tuple[int, int],
+    dtype: Any,
     precision: Any,
     implementation: Any,
 ) -> Float[Array, "*n m"]:
-    """`x @ S + bias` for features that blocks do not divide: zeros in, surplus columns out."""
-    if in_features is not None and x.shape[-1] != in_features:
+    """`x @ S + bias` for features that blocks do not divide: zeros in, surplus columns out.
+
+    All three are cast to `dtype`, or to their common dtype, as Flax's own layers do.
+    """
+    x = jnp.asarray(x)
+    if dtype is None:
+        dtype = jnp.result_type(x, values, *([] if bias is None else [bias]))
+    x, values = x.astype(dtype), values.astype(dtype)
+    in_features, out_features = features
+    if x.shape[-1:] != (in_features,):
         raise ValueError(
             f"{layer}: expected inputs of shape (..., {in_features}), got {tuple(x.shape)}."
         )
     k, m = p.shape
     if x.shape[-1] < k:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, k - x.shape[-1])])
-    if bias is not None and out_features < m:
-        bias = jnp.pad(bias, (0, m - out_features))
+    if bias is not None:
+        bias = jnp.pad(bias.astype(dtype), (0, m - out_features))
     y = ops.matmul(x, values, p, bias=bias, precision=precision, implementation=implementation)
     return y[..., :out_features]

@@ -2,158 +2,289 @@
 
 An initialiser made for dense layers, `(key, shape, dtype) -> array`, counts every input feature as
 fan-in; a block-sparse output feature sums only over the stored ones, and its activations would
-shrink by the square root of the density per layer. The initialisers here have one more form,
-`(key, pattern, dtype) -> values[e, br, bc]`, and `from_dense` gives it to any standard one.
+shrink by the square root of the density per layer. The initialisers here take the pattern:
+
+    values[e, br, bc] = init(key, p, dtype=float32, features=p.shape)
+
+`features` are the real sizes `(in, out)` where blocks do not divide them: the rows and columns of
+padding count nowhere, and are zeros. Spare slots are zeros too. `from_dense` makes such an
+initialiser out of any standard one, `by_pattern` out of a function of your own.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
+from bsjax.ops import _validate as validate
 from bsjax.pattern import BlockPattern, is_concrete
 
-type Initializer = Callable[..., Array]
+type Initializer = Callable[..., Any]
+type Features = tuple[int, int]
 
 
-def from_dense(init: Initializer) -> Initializer:
-    """Any `(key, shape, dtype)` initialiser, applied to what each block-column stores.
+def by_pattern(function: Initializer) -> Initializer:
+    """Mark `function(key, p, dtype, features) -> values[e, br, bc]` as one that takes the pattern.
 
-    A block-column with `d` stored blocks is drawn as `d * br` inputs by `d' * bc` outputs, where
-    `d'` is the mean number of stored blocks of a block-row. So fan-in is exact per block-column,
-    fan-out is right on average, and a full pattern gets what the dense layer would.
+    A layer calls an initialiser with this mark as it is, and any other through `from_dense`. The
+    result checks its arguments, fills in `dtype=float32` and `features=p.shape`, and sets padding
+    and spare slots to zero, so `function` need not.
     """
+    name = function.__qualname__.split(".<locals>")[0]
 
-    def values(key: Array, p: BlockPattern, dtype: Any = jnp.float32) -> Float[Array, "e br bc"]:
-        row, col = _coords("from_dense", p)
-        (r, c), (br, bc) = p.grid, p.block
-        degree = np.bincount(col, minlength=c)
-        group = max(1, round(len(row) / max(1, r)))
-        out = np.full((p.capacity,), -1)
-        drawn, base = [], 0
-        for d in np.unique(degree[degree > 0]):
-            columns = np.flatnonzero(degree == d)
-            draws = -(-len(columns) // group)
-            keys = jax.random.split(jax.random.fold_in(key, d), draws)
-            tall = jnp.stack([init(k, (d * br, group * bc), dtype) for k in keys])
-            blocks = tall.reshape(draws, d, br, group, bc).transpose(0, 3, 1, 2, 4)
-            drawn.append(blocks.reshape(-1, br, bc))
-            for i, j in enumerate(columns):
-                out[np.flatnonzero(col == j)] = base + i * d + np.arange(d)
-            base += draws * group * d
-        if not drawn:
-            return jnp.zeros((p.capacity, br, bc), dtype)
-        return (
-            jnp.concatenate(drawn)
-            .at[out]
-            .get(mode="fill", fill_value=0, wrap_negative_indices=False)
-        )
+    @functools.wraps(function)
+    def init(
+        key: Any,
+        p: Any,
+        dtype: Any = jnp.float32,
+        features: Features | None = None,
+        **options: Any,
+    ) -> Float[Array, "e br bc"]:
+        p = validate.pattern(name, p)
+        features = _check_features(name, p, features)
+        _check_key(name, key)
+        values = function(key, p, dtype, features, **options)
+        if jnp.shape(values) != (p.capacity, *p.block):
+            raise ValueError(
+                f"{name}: returned shape {jnp.shape(values)} for a pattern whose values are "
+                f"(e, br, bc) = {(p.capacity, *p.block)}: return one block for each slot."
+            )
+        return _without_padding(values, p, features).astype(dtype)
 
-    return values
+    init.by_pattern = True  # type: ignore[attr-defined]
+    return init
+
+
+def initialize(
+    init: Initializer, key: Any, p: BlockPattern, dtype: Any, features: Features | None = None
+) -> Any:
+    """Values of `p` from any initialiser: marked by `by_pattern`, or a standard one."""
+    inner = init
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    takes_pattern = getattr(inner, "by_pattern", False)
+    return (init if takes_pattern else from_dense(init))(key, p, dtype, features=features)
 
 
 def stored_fan_in(gain: float = 1.0) -> Initializer:
-    """Normal with variance `gain^2 / (br * d_col)`, `d_col` the stored blocks of the block-column.
+    """Normal with variance `gain^2 / fan`, `fan` the stored inputs of the block-column.
 
     Keeps the variance of activations; use `gain=2**0.5` before a ReLU. After He et al. 2015, with
     the stored fan-in in the place of the dense one.
     """
 
-    def values(key: Array, p: BlockPattern, dtype: Any = jnp.float32) -> Float[Array, "e br bc"]:
-        degree = jnp.zeros(p.grid[1] + 1).at[p.col].add(1.0)
-        variance = gain**2 / (p.block[0] * degree[p.col])
-        return _normal(key, p, variance, dtype)
+    @by_pattern
+    def stored_fan_in(key: Any, p: BlockPattern, dtype: Any, features: Features) -> Array:
+        fan = _stored_inputs(p, features).at[p.col].get(mode="fill", fill_value=1)
+        return _normal(key, gain**2 / fan, p.block)
 
-    return values
+    return stored_fan_in
 
 
 def sinkhorn(gain: float = 1.0, *, steps: int = 200) -> Initializer:
     """Normal with a variance per block that keeps both activations and gradients.
 
-    Hub rows and columns make a fan-in rule unfair to the backward pass. The mask is scaled to rows
-    and columns of equal sums (Sinkhorn and Knopp 1967) and the variance is `gain^2 V / br` with
-    columns of V that sum to 1, so `Var(y) = Var(x)`, and rows that sum to `c / r`, so that
-    gradients keep `Var(dx) = Var(dy) * (c bc) / (r br)`, as a dense layer's do. A pattern without
-    such a scaling (an empty row, say) gets the nearest after `steps` rounds, columns exact.
+    Hub rows and columns make a fan-in rule unfair to the backward pass. Here the variances `V` of
+    the stored blocks are scaled (Sinkhorn and Knopp 1967) until each output sums over `gain^2` of
+    them, so that `Var(y) = gain^2 Var(x)`, and each of the k inputs is summed over by the m outputs
+    with `gain^2 m / k`, so that `Var(dx) = gain^2 Var(dy) m / k`, as in a dense layer. A pattern
+    without such a scaling (an empty row, say) gets the nearest after `steps` rounds, columns exact.
     """
 
-    def values(key: Array, p: BlockPattern, dtype: Any = jnp.float32) -> Float[Array, "e br bc"]:
-        r, c = p.grid
-        stored = jnp.asarray(p.mask(), jnp.float32)
+    @by_pattern
+    def sinkhorn(key: Any, p: BlockPattern, dtype: Any, features: Features) -> Array:
+        (r, c), (br, bc), (k, m) = p.grid, p.block, features
+        height = jnp.asarray(_sides(r, br, k), jnp.float32)[:, None]
+        width = jnp.asarray(_sides(c, bc, m), jnp.float32)[None]
 
         def balance(_: Any, v: Array) -> Array:
-            v = v * (c / r) / jnp.maximum(v.sum(1, keepdims=True), 1e-30)
-            return v / jnp.maximum(v.sum(0, keepdims=True), 1e-30)
+            v = v * (m / max(1, k)) / jnp.maximum((v * width).sum(1, keepdims=True), 1e-30)
+            return v / jnp.maximum((v * height).sum(0, keepdims=True), 1e-30)
 
-        v = jax.lax.fori_loop(0, steps, balance, stored)
-        variance = gain**2 / p.block[0] * v.at[p.row, p.col].get(mode="fill", fill_value=0)
-        return _normal(key, p, variance, dtype)
+        v = jax.lax.fori_loop(0, steps, balance, jnp.asarray(p.mask(), jnp.float32))
+        v = v.at[p.row, p.col].get(mode="fill", fill_value=0)
+        return _normal(key, gain**2 * v, p.block)
 
-    return values
+    return sinkhorn
 
 
 def identity(scale: float = 1.0) -> Initializer:
     """`scale * I` in the blocks `(i, j)` with `i % c == j % r`, zeros elsewhere.
 
-    A square pattern with its diagonal starts as the identity; a rectangular one as stacked
-    identities, scaled by `sqrt(c / r)` where several are summed so that variance is kept. A
-    block-column that stores none of these blocks starts as zeros. After Gray, Radford and Kingma
-    2017 (`identity_init`).
+    A square pattern with its diagonal starts as the identity. A wide one copies each input to
+    several outputs, a tall one sums several inputs into each output, divided by the square root of
+    their number so that variance is kept. An output that stores none of its ones starts as zero.
+    Blocks need not be square: the ones are those of the whole matrix. After Gray, Radford and
+    Kingma 2017 (`identity_init`, which does not divide).
     """
 
-    def values(key: Array, p: BlockPattern, dtype: Any = jnp.float32) -> Float[Array, "e br bc"]:
+    @by_pattern
+    def identity(key: Any, p: BlockPattern, dtype: Any, features: Features) -> Array:
         del key  # nothing is drawn
-        (r, c), (br, bc) = p.grid, p.block
-        on = (p.row % max(1, c) == p.col % max(1, r)) & (p.row < r)
-        gain = scale * min(1.0, (c / max(1, r)) ** 0.5)
-        return jnp.where(on[:, None, None], gain * jnp.eye(br, bc), 0).astype(dtype)
+        k, m = p.shape
+        row, col = _places(p)
+        ones = ((row % max(1, m))[:, :, None] == (col % max(1, k))[:, None]) & _real(p, features)
+        count = jnp.zeros((p.grid[1], p.block[1]), jnp.float32)
+        count = count.at[p.col].add(ones.sum(1).astype(jnp.float32), mode="drop")
+        share = scale / jnp.sqrt(jnp.maximum(count, 1)).at[p.col].get(mode="fill", fill_value=1)
+        return jnp.where(ones, share[:, None], 0)
 
-    return values
+    return identity
 
 
 def orthogonal(gain: float = 1.0) -> Initializer:
-    """Orthonormal columns in each block-column: its stored blocks, stacked, are `d br x bc`.
+    """Orthonormal columns in each block-column: its stored inputs are a `(fan, bc)` matrix.
 
-    Where a block-column stores fewer inputs than outputs (`d br < bc`) its rows are orthonormal
-    instead. After Saxe et al. 2014, per block-column as in Gray, Radford and Kingma 2017.
+    Where a block-column stores fewer inputs than outputs, its rows are orthonormal instead. Costs
+    memory for as many rows as the fullest block-column has, times all columns (of a traced pattern:
+    a dense matrix). After Saxe et al. 2014, per block-column as in Gray, Radford and Kingma 2017.
     """
 
-    def values(key: Array, p: BlockPattern, dtype: Any = jnp.float32) -> Float[Array, "e br bc"]:
-        _, col = _coords("orthogonal", p)
-        (br, bc), out = p.block, jnp.zeros((p.capacity, *p.block), dtype)
-        degree = np.bincount(col, minlength=p.grid[1])
-        draw = jax.nn.initializers.orthogonal(gain)
-        for d in np.unique(degree[degree > 0]):
-            slots = np.flatnonzero(degree[col] == d)  # whole block-columns, in order
-            keys = jax.random.split(jax.random.fold_in(key, d), len(slots) // d)
-            tall = jax.vmap(lambda k, d=d: draw(k, (d * br, bc), jnp.float32))(keys)
-            out = out.at[slots].set(tall.reshape(-1, br, bc).astype(dtype))
-        return out
+    @by_pattern
+    def orthogonal(key: Any, p: BlockPattern, dtype: Any, features: Features) -> Array:
+        most = p.mask().sum(0).max(initial=0) if is_concrete(p.row, p.col) else p.grid[0]
+        return gain * _orthonormal(key, p, features, max(int(most), -(-p.block[1] // p.block[0])))
 
-    return values
+    return orthogonal
 
 
-def initialize(init: Initializer, key: Array, p: BlockPattern, dtype: Any) -> Array:
-    """Values of `p` from an initialiser of either form."""
-    ours = getattr(init, "__module__", None) == __name__
-    return (init if ours else from_dense(init))(key, p, dtype)
+def from_dense(init: Initializer) -> Initializer:
+    """Any `(key, shape, dtype)` initialiser, applied to what each block-column stores.
+
+    Block-columns with as many stored inputs `fan` are drawn together as dense matrices `(fan,
+    out)`, with `out` the mean number of stored outputs of an input, in whole blocks. So fan-in is
+    exact, fan-out is right on average, and a full pattern gets the very numbers of a dense layer.
+    The numbers of stored blocks are shapes here: the pattern must not be traced, and each distinct
+    `fan` compiles `init` once.
+    """
+
+    @by_pattern
+    def from_dense(key: Any, p: BlockPattern, dtype: Any, features: Features) -> Array:
+        br, bc = p.block
+        fan, start = _fans(p, features)
+        group = max(1, round(p.nnz / max(1, p.grid[0])))
+        draws = []
+        for f in np.unique(fan[fan > 0]).tolist():
+            columns = np.flatnonzero(fan == f)
+            draws += [(f, columns[i : i + group]) for i in range(0, len(columns), group)]
+        keys = jax.random.split(key, len(draws)) if len(draws) > 1 else [key]
+        # all draws as one list of rows [bc], the first one zero, and where each of ours is in it
+        drawn, size, source = [jnp.zeros((1, bc), dtype)], 1, np.zeros(p.capacity * br, np.int32)
+        for k, (f, columns) in zip(keys, draws, strict=False):
+            # a draw as wide as the matrix leaves the padding out
+            width = min(group * bc, features[1])
+            tall = _checked(init(k, (f, width), dtype), (f, width))
+            drawn.append(jnp.pad(tall, ((0, 0), (0, group * bc - width))).reshape(-1, bc))
+            lane = np.arange(len(columns))[:, None]
+            source[start[columns][:, None] + np.arange(f)] = size + np.arange(f) * group + lane
+            size += f * group
+        return jnp.concatenate(drawn)[source].reshape(-1, br, bc)
+
+    return from_dense
 
 
-def _normal(key: Array, p: BlockPattern, variance: Array, dtype: Any) -> Array:
-    draw = jax.random.normal(key, (p.capacity, *p.block), jnp.float32)
-    stored = (p.col < p.grid[1])[:, None, None]
-    return jnp.where(stored, draw * jnp.sqrt(variance)[:, None, None], 0).astype(dtype)
+@functools.partial(jax.jit, static_argnames="block")
+def _normal(key: Any, variance: Array, block: tuple[int, int]) -> Array:
+    draw = jax.random.normal(key, (len(variance), *block), jnp.float32)
+    return draw * jnp.sqrt(variance)[:, None, None]
 
 
-def _coords(name: str, p: BlockPattern) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates of the stored blocks, which must be visible: their counts are shapes here."""
+def _sides(blocks: int, side: int, features: int) -> np.ndarray:
+    """How many of the `side` rows (columns) of each block-row (block-column) are features."""
+    return np.clip(features - side * np.arange(blocks), 0, side)
+
+
+def _places(p: BlockPattern) -> tuple[Array, Array]:
+    """Row and column in the whole matrix of each row [e, br] and column [e, bc] of a slot."""
+    a, b = (np.arange(side, dtype=np.int32)[None] for side in p.block)
+    return p.row[:, None] * p.block[0] + a, p.col[:, None] * p.block[1] + b
+
+
+def _real(p: BlockPattern, features: Features) -> Bool[Array, "e br bc"]:
+    """True but for padding and spare slots."""
+    row, col = _places(p)
+    return (row < features[0])[:, :, None] & (col < features[1])[:, None]
+
+
+@functools.partial(jax.jit, static_argnames="features")
+def _without_padding(values: Array, p: BlockPattern, features: Features) -> Array:
+    return jnp.where(_real(p, features), values, 0)
+
+
+@functools.partial(jax.jit, static_argnames="features")
+def _stored_inputs(p: BlockPattern, features: Features) -> Float[Array, " c"]:
+    """How many inputs each block-column stores."""
+    height = jnp.asarray(_sides(p.grid[0], p.block[0], features[0]), jnp.float32)
+    height = height.at[p.row].get(mode="fill", fill_value=0)
+    return jnp.zeros(p.grid[1], jnp.float32).at[p.col].add(height, mode="drop")
+
+
+@functools.partial(jax.jit, static_argnames=("features", "most"))
+def _orthonormal(key: Any, p: BlockPattern, features: Features, most: int) -> Array:
+    """One QR decomposition for all block-columns: zero rows below a matrix stay zero in Q."""
+    c, (br, bc), height = p.grid[1], p.block, most * p.block[0]
+    fan = _stored_inputs(p, features).astype(jnp.int32)
+    width = jnp.asarray(_sides(c, bc, features[1]), jnp.int32)
+    long, short = (f(fan, width)[:, None, None] for f in (jnp.maximum, jnp.minimum))
+    inside = (jnp.arange(height)[None, :, None] < long) & (jnp.arange(bc)[None, None] < short)
+    # rows first, so that more of them add to what is drawn and change nothing
+    drawn = jax.random.normal(key, (height, c, bc), jnp.float32).swapaxes(0, 1)
+    q, upper = jnp.linalg.qr(jnp.where(inside, drawn, 0))
+    # the signs make Q uniform over all orthonormal matrices, and clear what lies right of `short`
+    q = q * jnp.sign(jnp.diagonal(upper, axis1=1, axis2=2))[:, None]
+    lying = jnp.pad(q[:, :bc].swapaxes(1, 2), ((0, 0), (0, height - bc), (0, 0)))
+    q = jnp.where((fan >= width)[:, None, None], q, lying).reshape(c, most, br, bc)
+    start = jnp.searchsorted(p.col, jnp.arange(c + 1, dtype=jnp.int32)).astype(jnp.int32)
+    place = jnp.arange(p.capacity, dtype=jnp.int32) - start[p.col]
+    return q.at[p.col, place].get(mode="fill", fill_value=0)
+
+
+def _fans(p: BlockPattern, features: Features) -> tuple[np.ndarray, np.ndarray]:
+    """Of each block-column: its stored inputs, and where they start among the rows [e * br, bc].
+
+    They lie together and in order, so what the last block-row pads is at their end.
+    """
     if not is_concrete(p.row, p.col):
         raise ValueError(
-            f"inits.{name}: the pattern is traced, and the shapes drawn depend on it: build the "
-            "layer with a pattern known outside jit, or use inits.stored_fan_in or inits.sinkhorn."
+            "from_dense: the pattern is traced, and the shapes to draw depend on it: build the "
+            "layer with a pattern known outside jit, or use stored_fan_in or another initialiser "
+            "of bsjax.inits."
         )
-    row, col = np.asarray(p.row), np.asarray(p.col)
-    return row[col < p.grid[1]], col[col < p.grid[1]]
+    row, col, c = np.asarray(p.row), np.asarray(p.col), p.grid[1]
+    height = np.append(_sides(p.grid[0], p.block[0], features[0]), 0)[row]
+    fan = np.bincount(col, weights=height, minlength=c)[:c].astype(np.int64)
+    return fan, np.searchsorted(col, np.arange(c)) * p.block[0]
+
+
+def _checked(values: Any, shape: tuple[int, int]) -> Array:
+    if getattr(values, "shape", None) != shape:
+        raise TypeError(
+            f"from_dense: the initialiser must return an array of shape {shape}, got "
+            f"{type(values).__name__}: put what wraps arrays, such as with_partitioning, around "
+            "from_dense(init), not inside."
+        )
+    return jnp.asarray(values)
+
+
+def _check_features(name: str, p: BlockPattern, features: Features | None) -> Features:
+    if features is None:
+        return p.shape
+    for size, side, blocks in zip(features, p.block, p.grid, strict=True):
+        if -(-size // side) != blocks:
+            raise ValueError(
+                f"{name}: `features` {tuple(features)} do not fit a grid {p.grid} of blocks "
+                f"{p.block}: each size must end inside the last block."
+            )
+    return features
+
+
+def _check_key(name: str, key: Any) -> None:
+    # a raw key has an axis, a typed key has a dtype of its own: a number has neither
+    if not getattr(key, "ndim", 0) and not jnp.issubdtype(
+        jnp.result_type(key), jax.dtypes.prng_key
+    ):
+        raise TypeError(f"{name}: `key` must be a key, got {key!r}: write jax.random.key({key!r}).")

@@ -1,6 +1,8 @@
 """Flax Linen modules: parameters only, the arithmetic is in `bsjax.ops`."""
 
 import bsjax._serialization  # noqa: F401 - registers BlockPattern with flax.serialization
+from bsjax.linen._convert import from_nnx as from_nnx
+from bsjax.linen._convert import to_nnx as to_nnx
 from bsjax.linen._linear import BlockLinear as BlockLinear
 
-__all__ = ["BlockLinear"]
+__all__ = ["BlockLinear", "from_nnx", "to_nnx"]

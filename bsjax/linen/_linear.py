@@ -1,29 +1,33 @@
 """`BlockLinear` for Flax Linen."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
 from bsjax import _layers, inits
+from bsjax.linen._pattern import FieldPattern, stored
 from bsjax.ops import Implementation
-from bsjax.pattern import BlockPattern
 
 
 class BlockLinear(nn.Module):
     """`y[..., out] = x[..., in] @ S + bias`, where S stores only the blocks of `pattern`.
 
-    The fields of `bsjax.nnx.BlockLinear`, without `in_features` and `rngs`. Collections: `params`
-    with `values[e, br, bc]` and `bias[out]`, `patterns` with int32 `row[e]` and `col[e]` (plain
-    arrays, so that serialization, `tabulate` and `nn.scan` over layers work: scan both
-    collections, `variable_axes={"params": 0, "patterns": 0}`).
+    The fields of `bsjax.nnx.BlockLinear`, without `in_features` and `rngs`: the features in are
+    those of the input, as many as end inside the last block-row. Two collections: `params` with
+    `values[e, br, bc]` and `bias[out]`, and `patterns` with plain int32 arrays, the coordinates
+    `row[e]` and `col[e]` and the sizes `grid` and `block`. The coordinates are what the layer uses;
+    the field `pattern` says what `init` puts there if it finds none.
+
+    Over layers, scan both collections: `variable_axes={"params": 0, "patterns": 0}`.
     """
 
     out_features: int
-    pattern: Any = None
+    _: dataclasses.KW_ONLY
+    pattern: Any
     block: int | tuple[int, int] | None = None
     use_bias: bool = True
     dtype: Any = None
@@ -34,40 +38,34 @@ class BlockLinear(nn.Module):
     implementation: Implementation = "auto"
 
     def __post_init__(self) -> None:
-        # a module is hashed and compared by its fields, which a mask cannot be
-        if self.pattern is not None:
-            p = _layers.as_pattern("BlockLinear", self.pattern, self.block)
-            object.__setattr__(self, "pattern", p)
+        p = FieldPattern.of("BlockLinear", self.pattern, self.block)
+        object.__setattr__(self, "pattern", p)
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*n k"]) -> Float[Array, "*n m"]:
-        p = self.pattern
-        if p is None:
-            raise ValueError(
-                "BlockLinear: give `pattern=`, a BlockPattern or a bool mask with `block=`."
-            )
-        sizes = {"in_features": x.shape[-1], "out_features": self.out_features}
-        _layers.check_features("BlockLinear", p, **sizes)
+    def __call__(self, x: Any) -> Float[Array, "*n m"]:
+        features = (jnp.shape(x)[-1] if jnp.ndim(x) else 0, self.out_features)
+        _layers.check_features("BlockLinear", self.pattern, features)
+        p = stored(self, self.pattern)
+        known = self.has_variable("params", "values")
 
-        def init(key: Array) -> Array:
-            return inits.initialize(self.kernel_init, key, p, self.param_dtype)
+        def init(key: Array) -> Any:
+            if known:  # Flax asks for the shape only, at every call
+                return jnp.zeros((p.capacity, *p.block), self.param_dtype)
+            return inits.initialize(self.kernel_init, key, p, self.param_dtype, features)
 
         values = self.param("values", init)
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.out_features,), self.param_dtype)
-        row = self.variable("patterns", "row", lambda: p.row).value
-        col = self.variable("patterns", "col", lambda: p.col).value
-        x, values, bias = promote_dtype(x, values, bias, dtype=self.dtype)
         return _layers.linear(
             x,
             values,
             bias,
-            BlockPattern(row, col, p.grid, p.block),
+            p,
             layer="BlockLinear",
-            in_features=None,
-            out_features=self.out_features,
+            features=features,
+            dtype=self.dtype,
             precision=self.precision,
             implementation=self.implementation,
         )

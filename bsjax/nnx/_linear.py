@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
 from bsjax import _layers, inits
@@ -14,6 +13,10 @@ from bsjax.ops import Implementation
 
 class Pattern(nnx.Variable):
     """Holds a `BlockPattern`. No `nnx.Param`: optimizers and gradients leave it alone."""
+
+
+# the collection of the same name in Linen
+nnx.register_variable_name("patterns", Pattern, overwrite=True)
 
 
 class BlockLinear(nnx.Module):
@@ -45,27 +48,29 @@ class BlockLinear(nnx.Module):
         implementation: Implementation = "auto",
         rngs: nnx.Rngs,
     ) -> None:
-        p = _layers.as_pattern("BlockLinear", pattern, block)
-        _layers.check_features("BlockLinear", p, in_features=in_features, out_features=out_features)
-        self.in_features, self.out_features = in_features, out_features
+        p, features = _layers.as_pattern("BlockLinear", pattern, block), (in_features, out_features)
+        _layers.check_features("BlockLinear", p, features)
+        values = inits.initialize(kernel_init, rngs.params(), p, param_dtype, features)
+        self.values = nnx.Param(values)
+        self.bias: nnx.Param[Array] | None
+        if use_bias:
+            self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype))
+        else:
+            self.bias = nnx.data(None)
+        self.pattern = Pattern(p)
+        self.in_features, self.out_features, self.use_bias = in_features, out_features, use_bias
         self.dtype, self.param_dtype, self.precision = dtype, param_dtype, precision
         self.implementation = implementation
-        self.values = nnx.Param(inits.initialize(kernel_init, rngs.params(), p, param_dtype))
-        bias = bias_init(rngs.params(), (out_features,), param_dtype) if use_bias else None
-        self.bias = nnx.data(None if bias is None else nnx.Param(bias))
-        self.pattern = Pattern(p)
 
-    def __call__(self, x: Float[Array, "*n k"]) -> Float[Array, "*n m"]:
-        bias = None if self.bias is None else self.bias[...]
-        x, values, bias = promote_dtype((x, self.values[...], bias), dtype=self.dtype)
+    def __call__(self, x: Any) -> Float[Array, "*n m"]:
         return _layers.linear(
             x,
-            values,
-            bias,
+            self.values[...],
+            None if self.bias is None else self.bias[...],
             self.pattern.get_value(),
             layer="BlockLinear",
-            in_features=self.in_features,
-            out_features=self.out_features,
+            features=(self.in_features, self.out_features),
+            dtype=self.dtype,
             precision=self.precision,
             implementation=self.implementation,
         )
