@@ -4,9 +4,10 @@ A case is a pattern and a number of tokens. Cases of equal sizes differ only in 
 are leaves: one compiled function serves them all, and the tests stay quick.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -157,16 +158,18 @@ def kept(inputs: Inputs) -> Inputs:
     return Inputs(p, *(a.astype(accumulator(a.dtype)) for a in arrays))
 
 
-def assert_raises(call: Callable[[], Any], error: type[Exception], message: str) -> None:
-    """`call` is answered by exactly this sentence.
-
-    The checks of a test run (jaxtyping, beartype) are off meanwhile, as they are for users: what
-    is tested is what users see.
-    """
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """Without the checks of a test run (jaxtyping, beartype), as users run the library."""
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
-        with pytest.raises(error) as caught:
-            call()
+        yield
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def assert_raises(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+    """`call` is answered by exactly this sentence: the one that users see."""
+    with unchecked(), pytest.raises(error) as caught:
+        call()
     assert str(caught.value) == message

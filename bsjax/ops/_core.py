@@ -91,9 +91,12 @@ def _stage(spec: Spec, op: str, x: Array, p: BlockPattern, run: Callable[..., Ar
     `auto` depends on it both are staged, and only the one that is needed is lowered."""
     if spec.name != "auto":
         return functools.partial(run, spec.name)
+    n = _mesh.tokens(x)
+    if not isinstance(n, int):  # symbolic, in an export: the dense product serves any number
+        return functools.partial(run, "dense")
     problem = Problem(
         op=op,
-        n=_mesh.tokens(x),
+        n=n,
         grid=p.grid,
         block=p.block,
         capacity=p.capacity,

@@ -1,0 +1,80 @@
+"""What `auto` runs: a pure function of sizes, tested as a table, without running anything."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bsjax
+from bsjax.ops._choose import Problem, fastest
+from tests.helpers import FEW, Case, random_mask
+
+
+def problem(op="matmul", n=4096, density=0.1, block=64, blocks=32):
+    return Problem(
+        op=op,
+        n=n,
+        grid=(blocks, blocks),
+        block=block if isinstance(block, tuple) else (block, block),
+        capacity=round(density * blocks**2),
+        dtype=jnp.float32,
+    )
+
+
+@pytest.mark.parametrize("op", ["matmul", "sddmm"])
+@pytest.mark.parametrize("block", [8, 16, 32, 64, 128, 256])
+def test_few_stored_blocks_are_worth_it_and_all_are_not(op, block):
+    assert fastest(problem(op, density=0.02, block=block), "cpu") == "xla"
+    assert fastest(problem(op, density=1.0, block=block), "cpu") == "dense"
+
+
+@pytest.mark.parametrize("op", ["matmul", "sddmm"])
+def test_one_break_even_density(op):
+    """Once dense wins it wins for all larger densities, and larger blocks move that up."""
+    break_even = []
+    for block in (4, 8, 16, 32, 64, 128, 256):
+        densities = np.linspace(0, 1, 101)
+        chosen = [fastest(problem(op, density=d, block=block), "cpu") for d in densities]
+        assert chosen == sorted(chosen, reverse=True)  # xla, ..., xla, dense, ..., dense
+        break_even.append(chosen.index("dense"))
+    assert break_even == sorted(break_even)
+
+
+@pytest.mark.parametrize("op", ["matmul", "sddmm"])
+def test_odd_blocks_count_by_their_shorter_side(op):
+    densities = np.linspace(0, 1, 101)
+    for wide, narrow in (((16, 256), 16), ((48, 64), 32), ((200, 300), 128)):
+        for density in densities:
+            got = fastest(problem(op, density=density, block=wide), "cpu")
+            assert got == fastest(problem(op, density=density, block=narrow), "cpu")
+
+
+def test_fewer_tokens_never_make_dense_better():
+    """Scattering values into a matrix costs the same at one token as at many."""
+    for density in np.linspace(0, 1, 21):
+        chosen = [fastest(problem(n=n, density=density), "cpu") for n in (1, 64, 512, 4096)]
+        assert chosen == sorted(chosen, reverse=True)
+
+
+@pytest.mark.parametrize("n", [0, 1, 4096])
+@pytest.mark.parametrize("op", ["matmul", "sddmm"])
+def test_edges(op, n):
+    """Nothing stored, no grid, no tokens: some answer, and no division by zero."""
+    for blocks, density in ((4, 0.0), (0, 0.0), (1, 1.0)):
+        assert fastest(problem(op, n, density, blocks=blocks), "cpu") in ("xla", "dense")
+
+
+@pytest.mark.parametrize("density", [0.1, 1.0])
+def test_the_choice_is_what_runs(density):
+    """`auto` compiles to the program of the implementation that was chosen."""
+    case = Case(mask=random_mask(8, 8, density), block=16, n=FEW)
+    p, x, values, _ = case.inputs()
+
+    def program(implementation):
+        f = jax.jit(lambda x, v, p: bsjax.matmul(x, v, p, implementation=implementation))
+        text = f.lower(x, values, p).compile().as_text()
+        return text.count("gather("), text.count("scatter"), text.count("dot(")
+
+    chosen = fastest(problem(n=FEW, density=density, block=16, blocks=8), "cpu")
+    assert program("auto") == program(chosen)
+    assert program("xla") != program("dense")
