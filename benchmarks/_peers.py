@@ -64,7 +64,7 @@ def fastest(
             run = form(inputs)
             if reason := check(run()):
                 raise Refused(reason)
-            times[name] = seconds(lambda _, run=run: run(), 0)
+            times[name] = _refuse(seconds(lambda _, run=run: run(), 0))
         except Refused as why:
             reasons.append(f"{name}: {why}")
     best = min(times, key=times.__getitem__, default=None)
@@ -82,9 +82,13 @@ def _refuse_slow(form: Form, inputs: Inputs) -> None:
     time = seconds(lambda _: run(), 0)
     if time < LIMIT:  # then the first call, which warms up, need not be the judge
         time = seconds(lambda _: run(), 0)
-    time *= len(inputs.x) / some
+    _refuse(time * len(inputs.x) / some)
+
+
+def _refuse(time: float) -> float:
     if time > LIMIT:
         raise Refused(f"too slow, about {time:.1f} s where the limit is {LIMIT:g} s")
+    return time
 
 
 def scipy_forms(case: Case, values: jax.Array) -> dict[str, dict[str, Form]]:

@@ -118,7 +118,8 @@ def summary(records: Sequence[Record]) -> Iterator[str]:
             yield f"  and {len(missed) - 8} more, marked ! in the tables"
     hubs = [one for one in timed(records) if "over_random" in one]
     yield from _worst(hubs, "over_random", "hubs, time / that of a random pattern of equal blocks")
-    memory = [one for one in timed(records, tokens=2048) if one["temporary_ratio"] is not None]
+    ours = timed(records, tokens=2048, peer=False)
+    memory = [one for one in ours if one["temporary_ratio"] is not None]
     for key, group in _groups(memory, "implementation"):
         what = f"temporaries of {key[0]} at 2048 tokens / bytes of x, y and values"
         yield from _worst(group, "temporary_ratio", what, TEMPORARIES)

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import pytest
 
 import bsjax
-from benchmarks import matmul
+from benchmarks import _report, matmul
 from benchmarks._cases import PATTERNS
 from benchmarks._products import PRODUCTS
 
 TINY = ["--shape", "128x128", "--tokens", "16", "--block", "8", "--rounds", "2", "--no-peers"]
+WHERE = ("shape", "tokens", "dtype", "pattern", "block", "density", "implementation", "peer")
 
 
 def run(tmp_path, *flags):
@@ -81,6 +82,26 @@ def test_peers_are_right_and_say_what_they_lack(whole):
     assert {one["implementation"] for one in peers} == {"scipy BSR", "jax.experimental.sparse"}
     skipped = {(one["implementation"], one["product"], one["skipped"]) for one in peers}
     assert {one for one in skipped if one[2]} == {("scipy BSR", "dvalues", "no such product")}
+
+
+def test_the_summary_knows_every_kind_of_record(whole):
+    records = [one | {"tokens": 2048} for one in whole[1]]
+    records[0] = {key: records[0][key] for key in ("product", *WHERE)} | {
+        "refused": "3 of 4 numbers differ",
+        "skipped": None,
+        "program": "xla",
+    }
+    text = "\n".join(_report.summary(records))
+    for words in (
+        "WRONG RESULTS, not timed: 1",
+        "3 of 4 numbers differ",
+        "`auto` from 512 tokens up, time / dense time: at most",
+        "hubs, time / that of a random pattern",
+        "temporaries of xla at 2048 tokens",
+        "peers, 2048 tokens 128x128 random b=8 0.250",
+        "dvalues skipped (no such product)",
+    ):
+        assert words in text
 
 
 def test_a_picture_is_drawn(whole):
