@@ -67,7 +67,7 @@ def initialize(
     while isinstance(inner, functools.partial):
         inner = inner.func
     takes_pattern = getattr(inner, "by_pattern", False)
-    return (init if takes_pattern else from_dense(init))(key, p, dtype, features=features)
+    return (init if takes_pattern else from_dense(init))(key, p, dtype, features)
 
 
 def stored_fan_in(gain: float = 1.0) -> Initializer:
