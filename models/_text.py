@@ -15,9 +15,9 @@ from models._cli import Mistake
 
 HELDOUT = 0.1  # the share of files held out, by their hash
 MOST_BYTES = 2**31  # read into memory as a whole
-# Folders of the standard library that hold tests, tables of characters, or other people's code.
-NOT_SOURCE = {"encodings", "idle_test", "lib2to3", "site-packages", "dist-packages", "test"}
-NOT_SOURCE |= {"tests", "__pycache__"}
+# Folders of the standard library with tests, tables, documentation, or other people's code.
+NOT_SOURCE = {"encodings", "pydoc_data", "test", "tests", "idle_test", "__pycache__"}
+NOT_SOURCE |= {"lib2to3", "site-packages", "dist-packages"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ def load(paths: Sequence[Path], window: int) -> Text:
 
 
 def standard_library() -> list[Path]:
-    """The `.py` files that came with this Python, without tests and tables of characters."""
+    """The `.py` files that came with this Python, without tests, tables and documentation."""
     root = Path(sysconfig.get_path("stdlib"))
     found = (path for path in root.rglob("*.py") if path.is_file() and path.stat().st_size)
     files = sorted(path for path in found if not NOT_SOURCE & {*path.relative_to(root).parts})

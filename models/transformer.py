@@ -25,17 +25,9 @@ from flax import nnx
 
 import bsjax
 import bsjax.nnx
+from models import _cli as cli
 from models import _text as texts
-from models._cli import (
-    INTERRUPTED,
-    Mistake,
-    check_multiple,
-    fixed,
-    option,
-    parse,
-    run_main,
-    shell_command,
-)
+from models._cli import Mistake, option
 from models._compare import compare
 from models._language import bits
 from models._train import Checkpoints, CtrlC, Progress, finite, output_folder
@@ -225,16 +217,16 @@ class Run(NamedTuple):
     @classmethod
     def start(cls, config: Config, size: Size) -> "Run":
         model = Transformer(config, size, nnx.Rngs(config.seed))
-        return cls(model, nnx.Optimizer(model, adam(config), wrt=nnx.Param))
+        tx = adam(config.learning_rate, config.warmup, config.steps, config.weight_decay)
+        return cls(model, nnx.Optimizer(model, tx, wrt=nnx.Param))
 
 
 @functools.cache
-def adam(config: Config) -> optax.GradientTransformation:
+def adam(peak: float, warmup: float, steps: int, decay: float) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019); its rate rises, then falls along a cosine."""
-    peak, rising = config.learning_rate, round(config.warmup * config.steps)
-    rate = optax.warmup_cosine_decay_schedule(0, peak, rising, config.steps, peak / 50)
+    rate = optax.warmup_cosine_decay_schedule(0, peak, round(warmup * steps), steps, peak / 50)
     matrices = functools.partial(jax.tree.map, lambda parameter: parameter.ndim > 1)
-    adamw = optax.adamw(rate, b2=0.99, weight_decay=config.weight_decay, mask=matrices)
+    adamw = optax.adamw(rate, b2=0.99, weight_decay=decay, mask=matrices)
     return optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
 
@@ -248,8 +240,8 @@ def train_step(model: Transformer, optimizer: nnx.Optimizer, data: jax.Array) ->
 
 def batch(config: Config, text: texts.Text, step: int) -> jax.Array:
     """The text of one step, [batch, length + 1]."""
-    sizes = {"size": config.batch, "length": config.length}
-    return jnp.asarray(texts.batch(text.train, step, seed=config.seed, **sizes))
+    seed, size, length = config.seed, config.batch, config.length
+    return jnp.asarray(texts.batch(text.train, step, seed=seed, size=size, length=length))
 
 
 def train(config: Config, text: texts.Text, runs: dict[str, Run], saved: Checkpoints) -> Any:
@@ -299,9 +291,9 @@ def layer(config: Config, density: float | None, rngs: nnx.Rngs) -> nnx.Module:
 
 def main(argv: list[str] | None = None) -> int:
     """Trains, compares and reports; the exit code."""
-    config = parse(Config, argv, command="python -m models.transformer", about=ABOUT)
+    config = cli.parse(Config, argv, command="python -m models.transformer", about=ABOUT)
     for name, unit in (("2 x --heads", 2 * config.heads), ("--block", config.block)):
-        check_multiple("width", config.width, name, unit)
+        cli.check_multiple("width", config.width, name, unit)
     blocks = config.width // config.block
     if config.density * blocks**2 < 1:
         raise Mistake(
@@ -313,13 +305,13 @@ def main(argv: list[str] | None = None) -> int:
     print(text.about)
     sizes = {"block-sparse": wide(config), "dense": narrower(config, wide(config))}
     runs = {name: Run.start(config, size) for name, size in sizes.items()}
-    about = {**fixed(config), "a text with the hash": text.digest}
+    about = {**cli.fixed(config), "a text with the hash": text.digest}
     saved = Checkpoints(config.out / "transformer-checkpoint", about)
     losses = train(config, text, runs, saved)
     if losses is None:
-        again = shell_command("models.transformer", dataclasses.replace(config, resume=True))
+        again = cli.shell_command("models.transformer", dataclasses.replace(config, resume=True))
         print(f"Stopped. The checkpoint is in {saved.folder}; go on with\n  {again}")
-        return INTERRUPTED
+        return cli.INTERRUPTED
     compare(
         "transformer",
         config,
@@ -333,4 +325,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    cli.run_main(main)
