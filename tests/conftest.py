@@ -34,6 +34,12 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if " at 0x" in item.nodeid:
+            raise pytest.UsageError(
+                f"{item.nodeid}: the address differs between processes, so xdist would refuse to "
+                "run anything: give this parameter an id of its own"
+            )
     if jax.default_backend() == "gpu":
         return
     for item in items:
