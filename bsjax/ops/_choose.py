@@ -31,8 +31,10 @@ CPU_BREAK_EVEN = {
     "matmul": {8: 0.12, 16: 0.3, 32: 0.42, 64: 0.6, 128: 0.7},
     "sddmm": {8: 0.12, 16: 0.3, 32: 0.42, 64: 0.5, 128: 0.6},
 }
-# Scattering the values into a dense matrix costs as much as multiplying this many tokens by it.
-SCATTER_TOKENS = {"matmul": 128, "sddmm": 0}
+# Making the dense matrix costs as much as multiplying this many tokens by it.
+TODENSE_TOKENS = {"matmul": 64, "sddmm": 0}
+# A turn of a loop over block-columns costs as much as so much work of the dense product.
+LOOP_FLOPS = 1.5e6
 
 
 def check(wanted: str, problem: Problem) -> None:
@@ -57,6 +59,9 @@ def fastest(problem: Problem, platform: str) -> str:
         return "dense"
     table = CPU_BREAK_EVEN[problem.op]
     side = max((s for s in table if s <= min(problem.block)), default=min(table))
-    stored = problem.density / table[side]  # time over the dense product's
-    dense = 1 + SCATTER_TOKENS[problem.op] / max(1, problem.n)
+    (r, c), (br, bc) = problem.grid, problem.block
+    flops = max(1, 2 * problem.n * r * br * c * bc)
+    # times over that of the product with a stored dense weight
+    stored = problem.density / table[side] + LOOP_FLOPS * max(r, c) / flops
+    dense = 1 + TODENSE_TOKENS[problem.op] / max(1, problem.n)
     return "dense" if stored > dense else "xla"

@@ -42,13 +42,25 @@ def matmul(
     out_dtype: Any,
 ) -> Float[Array, "n o"]:
     """`x @ S`, or `x @ S^T`."""
-    dense = todense(values, p)
+    options = {"transpose": transpose, "precision": precision, "out_dtype": out_dtype}
+    return dense_product(x, todense(values, p), **options)
+
+
+def dense_product(
+    x: Float[Array, "n i"],
+    w: Float[Array, "k m"],
+    *,
+    transpose: bool,
+    precision: Any,
+    out_dtype: Any,
+) -> Float[Array, "n o"]:
+    """`x @ w`, or `x @ w^T`."""
     return jax.lax.dot_general(
         x,
-        dense,
+        w,
         (((1,), (1 if transpose else 0,)), ((), ())),
         precision=precision,
-        preferred_element_type=accumulator(x, values),
+        preferred_element_type=accumulator(x, w),
     ).astype(out_dtype)
 
 

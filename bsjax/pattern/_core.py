@@ -85,8 +85,9 @@ class BlockPattern:
             col, row = jnp.nonzero(mask.T, size=capacity, fill_value=-1)
             spare = jnp.arange(capacity) >= mask.sum()
             overflow = mask.sum() > capacity
-            row = jnp.where(overflow, -1, jnp.where(spare, r, row))
-            col = jnp.where(overflow, -1, jnp.where(spare, c, col))
+            # past the spare slots: nothing reads such a slot, and `check` finds it
+            row = jnp.where(overflow, r + 1, jnp.where(spare, r, row))
+            col = jnp.where(overflow, c + 1, jnp.where(spare, c, col))
         return cls(as_leaf(row), as_leaf(col), (r, c), (br, bc))
 
     @classmethod
@@ -154,7 +155,8 @@ class BlockPattern:
         lead = self.row.shape[:-1]
         if is_concrete(self.row, self.col):
             row, col = np.asarray(self.row), np.asarray(self.col)
-            mask = np.zeros((*lead, r + 1, c + 1), bool)
+            # room for spare slots, and for those of a traced mask that did not fit
+            mask = np.zeros((*lead, r + 2, c + 2), bool)
             mask[(*np.indices(row.shape, sparse=True)[:-1], row, col)] = True
             return mask[..., :r, :c]
         at = (*(i for i in jnp.indices(self.row.shape, sparse=True)[:-1]), self.row, self.col)

@@ -79,7 +79,7 @@ def partition(
         if not p.capacity:
             return xp.full((parts, capacity), end)
         # a part that does not fit has no valid slot, which `check` reports
-        return xp.where(overflow[:, None], -1, xp.where(stored, coords[order] - base, end))
+        return xp.where(overflow[:, None], end + 1, xp.where(stored, coords[order] - base, end))
 
     zero = xp.zeros_like(shift)
     rows = local(row, zero if along else shift, grid[0])

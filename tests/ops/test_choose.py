@@ -45,8 +45,18 @@ def test_odd_blocks_count_by_their_shorter_side(op):
     densities = np.linspace(0, 1, 101)
     for wide, narrow in (((16, 256), 16), ((48, 64), 32), ((200, 300), 128)):
         for density in densities:
-            got = fastest(problem(op, density=density, block=wide), "cpu")
-            assert got == fastest(problem(op, density=density, block=narrow), "cpu")
+            # so many tokens that what a loop costs by itself does not count
+            got, want = (
+                fastest(problem(op, n=1 << 24, density=density, block=b), "cpu")
+                for b in (wide, narrow)
+            )
+            assert got == want
+
+
+def test_small_products_are_not_worth_a_loop():
+    small = problem(n=600, density=0.25, block=16, blocks=8)
+    assert fastest(small, "cpu") == "dense"
+    assert fastest(problem(n=600, density=0.25, block=16, blocks=128), "cpu") == "xla"
 
 
 def test_fewer_tokens_never_make_dense_better():
