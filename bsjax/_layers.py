@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from bsjax import ops
@@ -41,8 +42,8 @@ def check_features(layer: str, p: BlockPattern, features: tuple[int, int]) -> No
 
 def linear(
     x: Any,
-    values: Float[Array, "e br bc"],
-    bias: Float[Array, " m"] | None,
+    values: Float[Array | np.ndarray, "e br bc"],
+    bias: Float[Array | np.ndarray, " m"] | None,
     p: BlockPattern,
     *,
     layer: str,
@@ -55,7 +56,7 @@ def linear(
 
     All three are cast to `dtype`, or to their common dtype, as Flax's own layers do.
     """
-    x = jnp.asarray(x)
+    x, values = jnp.asarray(x), jnp.asarray(values)
     if dtype is None:
         dtype = jnp.result_type(x, values, *([] if bias is None else [bias]))
     x, values = x.astype(dtype), values.astype(dtype)
@@ -68,6 +69,6 @@ def linear(
     if x.shape[-1] < k:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, k - x.shape[-1])])
     if bias is not None:
-        bias = jnp.pad(bias.astype(dtype), (0, m - out_features))
+        bias = jnp.pad(jnp.asarray(bias, dtype), (0, m - out_features))
     y = ops.matmul(x, values, p, bias=bias, precision=precision, implementation=implementation)
     return y[..., :out_features]
