@@ -70,7 +70,8 @@ def partition(
         )
     slot = start[:-1, None] + xp.arange(capacity, dtype=xp.int32)[None, :]
     stored = slot < start[1:, None]
-    overflow = start[1:] - start[:-1] > capacity
+    # of a part, or of the whole pattern already
+    overflow = (start[1:] - start[:-1] > capacity) | (index > p.grid[along]).any()
     order = xp.where(stored, order[xp.minimum(slot, p.capacity - 1)] if p.capacity else -1, -1)
     shift = xp.arange(parts, dtype=xp.int32)[:, None] * width
     grid = (p.grid[0], width) if along else (width, p.grid[1])

@@ -52,7 +52,7 @@ BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
     [
         ("xla", FEW, BF16, F32),
         ("xla", MANY, BF16, F32),
-        ("xla", MANY, F32, BF16),
+        pytest.param("xla", MANY, F32, BF16, marks=pytest.mark.slow),
         ("dense", FEW, BF16, F32),
         ("dense", FEW, BF16, F16),
     ],

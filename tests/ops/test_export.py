@@ -19,7 +19,9 @@ def exported(inputs, implementation, platforms):
     return export.export(jax.jit(f), platforms=platforms)(*inputs)
 
 
-@pytest.mark.parametrize(("implementation", "n"), [("auto", FEW), ("xla", MANY)])
+@pytest.mark.parametrize(
+    ("implementation", "n"), [("auto", FEW), pytest.param("xla", MANY, marks=pytest.mark.slow)]
+)
 def test_exported_for_a_cpu(implementation, n):
     inputs = CASES[n].inputs()
     got = exported(inputs, implementation, ["cpu"]).call(*inputs)

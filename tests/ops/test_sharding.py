@@ -144,6 +144,7 @@ def test_block_rows_sharded(mesh, n):
     assert_close(dparts, jnp.nan_to_num(want_dparts), 2 * n)
 
 
+@pytest.mark.slow
 def test_epilogue_gate_and_glu(mesh):
     """Every other argument may be replicated too, and gets the sum of its gradients."""
     p, x, values, dy = drawn(DEVICES * FEW)

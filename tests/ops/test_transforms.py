@@ -60,16 +60,23 @@ def take(inputs, i, axes):
 xla = functools.partial(products, implementation="xla")
 
 
+AXES = {
+    "all, few tokens": (FEW, Inputs(0, 0, 0, 0)),
+    "x and values": (MANY, Inputs(None, 0, 0, 0)),
+    "values and patterns": (MANY, Inputs(0, None, 0, None)),
+}
+MORE_AXES = {
+    "x": (MANY, Inputs(None, 0, None, 0)),
+    "x, few tokens": (FEW, Inputs(None, 0, None, None)),
+    "values, few tokens": (FEW, Inputs(None, None, 0, None)),
+    "patterns": (MANY, Inputs(0, None, None, None)),
+}
+
+
 @pytest.mark.parametrize(
     ("n", "axes"),
-    [
-        (FEW, Inputs(None, 0, None, None)),
-        (FEW, Inputs(None, None, 0, None)),
-        (FEW, Inputs(0, 0, 0, 0)),
-        (MANY, Inputs(None, 0, 0, 0)),
-        (MANY, Inputs(0, None, 0, None)),
-    ],
-    ids=["x", "values", "all", "x and values, many tokens", "patterns, many tokens"],
+    [*AXES.values(), *(pytest.param(*axes, marks=pytest.mark.slow) for axes in MORE_AXES.values())],
+    ids=[*AXES, *MORE_AXES],
 )
 def test_vmap(n, axes):
     """Over any of x, values and patterns; the gradients are vmapped with the rest."""
@@ -130,7 +137,13 @@ def test_scan_over_chunks_of_tokens():
     assert_close(total, bsjax.sddmm(xs, dys, p, implementation="reference"), terms)
 
 
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["scan", "scan of remat"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        pytest.param(lambda f: f, id="scan", marks=pytest.mark.slow),
+        pytest.param(jax.checkpoint, id="scan of remat"),
+    ],
+)
 def test_scan_over_layers(wrap):
     """Stacked layers, each with a pattern of its own, and the gradient through all of them."""
     masks = [random_mask(4, 4, 0.5, seed) for seed in range(3)]

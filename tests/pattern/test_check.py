@@ -8,7 +8,7 @@ from jax.experimental import checkify
 
 import bsjax
 from bsjax import BlockPattern
-from tests.helpers import assert_raises
+from tests.helpers import FEW, MANY, Inputs, assert_raises, products
 
 GRID, BLOCK = (3, 4), (8, 8)
 
@@ -102,7 +102,7 @@ def test_bad_patterns_do_not(p, message, staged_message):
 
 
 def test_a_traced_mask_that_does_not_fit():
-    """Every slot is invalid, so that nothing is computed from a part of the mask."""
+    """Every slot is invalid, past the spare ones, and `check` says so wherever it looks."""
 
     @jax.jit
     def build(mask):
@@ -112,13 +112,35 @@ def test_a_traced_mask_that_does_not_fit():
     fits.flat[:5] = not_quite.flat[:6] = True
     bsjax.check(build(fits))
     p = build(not_quite)
-    assert p.row.tolist() == p.col.tolist() == [-1] * 5
-    with pytest.raises(ValueError, match=r"slot 0 holds block \(-1, -1\)"):
-        bsjax.check(p)
-    with pytest.raises(ValueError, match=r"matmul: slot 0 holds block \(-1, -1\)"):
-        bsjax.matmul(jnp.ones((2, 24)), jnp.ones((5, 8, 8)), p)
-    with pytest.raises(checkify.JaxRuntimeError, match="5 slots lie outside the grid"):
-        staged(p).throw()
+    assert_raises(
+        lambda: bsjax.matmul(jnp.ones((2, 24)), jnp.ones((5, 8, 8)), p),
+        ValueError,
+        "matmul: slot 0 holds block (4, 5), outside the grid (3, 4): block indices run from 0; a "
+        "spare slot is (3, 4).",
+    )
+    halves = jax.jit(lambda p: bsjax.partition(p, 2, capacity=5)[0])(p)
+    for bad, count in ((p, 5), (p.transpose()[0], 5), (halves, 10)):
+        with pytest.raises(ValueError, match="check: slot 0 holds block"):
+            bsjax.check(bad)
+        with pytest.raises(checkify.JaxRuntimeError, match=f"{count} slots lie outside the grid"):
+            staged(bad).throw()
+    assert p.nnz == 0
+    assert not p.mask().any()
+
+
+@pytest.mark.parametrize("implementation", ["xla", "dense", "reference"])
+@pytest.mark.parametrize("n", [FEW, MANY])
+def test_nothing_is_computed_from_a_part_of_a_mask(implementation, n):
+    """Where nobody checks, zeros: not the products of those blocks that did fit."""
+
+    @jax.jit
+    def f(mask, x, values, dy):
+        p = BlockPattern.from_mask(mask, BLOCK, capacity=5)
+        return products(Inputs(p, x, values, dy), implementation=implementation)
+
+    arguments = jnp.ones((n, 24)), jnp.ones((5, 8, 8)), jnp.ones((n, 32))
+    for result in f(np.ones((3, 4), bool), *arguments):
+        assert not np.any(result)
 
 
 TYPES = {

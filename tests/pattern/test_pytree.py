@@ -44,7 +44,11 @@ def test_both_ways_to_flatten_agree():
     assert [leaf for _, leaf in keyed] == [*plain]
 
 
-@pytest.mark.parametrize("placeholder", [None, object(), "leaf", 0, jnp.float32(1)], ids=str)
+@pytest.mark.parametrize(
+    "placeholder",
+    [None, object(), "leaf", 0, jnp.float32(1)],
+    ids=["None", "object", "text", "number", "scalar"],
+)
 def test_the_constructor_is_inert(placeholder):
     """JAX unflattens with whatever it likes; nothing is checked, converted or copied."""
     structure = jax.tree.structure(P)
