@@ -11,6 +11,7 @@ from bsjax.pattern._index import as_leaf
 from bsjax.pattern._validate import sorted_coords
 
 KINDS = "float32, bfloat16, float16 or float64"
+DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
 
 
 def array(op: str, name: str, value: Any, ndim: int | None = None) -> jax.Array:
@@ -23,7 +24,7 @@ def array(op: str, name: str, value: Any, ndim: int | None = None) -> jax.Array:
         raise TypeError(
             f"{op}: `{name}` must be an array, got {type(value).__name__}: wrap it in jnp.asarray."
         )
-    if not jnp.issubdtype(value.dtype, jnp.floating):
+    if value.dtype not in DTYPES:
         raise TypeError(
             f"{op}: `{name}` must be floating point ({KINDS}), got {value.dtype}: "
             f"cast it first, for example `{name}.astype(jnp.float32)`."
@@ -50,6 +51,11 @@ def pattern(op: str, p: Any) -> BlockPattern:
         raise ValueError(
             f"{op}: expected one pattern with leaves [e], got row {tuple(p.row.shape)} and col "
             f"{tuple(p.col.shape)}: use jax.vmap over the leading axes."
+        )
+    if p.capacity and not all(p.grid):
+        raise ValueError(
+            f"{op}: the pattern has {p.capacity} slots, but no block exists in its grid {p.grid}: "
+            "build it without spare capacity."
         )
     if is_concrete(p.row, p.col) and getattr(p.row, "is_fully_addressable", True):
         sorted_coords(op, np.asarray(p.row), np.asarray(p.col), p.grid)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import bsjax
-from tests.helpers import FEW, MANY, SHARED, Inputs, assert_close, kept, normal, products
+from tests.helpers import FEW, MANY, SHARED, Case, Inputs, assert_close, kept, normal, products
 
 # block-rows 0, 2, ..., 22 and block-columns 0 and 2 are empty
 ISLANDS = {n: SHARED[f"islands, {n} tokens"] for n in (FEW, MANY)}
@@ -121,6 +121,17 @@ def test_precision_reaches_every_product(implementation, n, wanted):
         assert params["preferred_element_type"] == F32
 
 
+@pytest.mark.parametrize("grid", [(0, 3), (3, 0), (0, 0)], ids=str)
+@pytest.mark.parametrize("implementation", ["auto", "xla", "dense", "reference"])
+def test_no_features(implementation, grid):
+    """A layer of width zero is a layer: zeros of the right shape, forward and backward."""
+    inputs = Case(mask=np.zeros(grid, bool)).inputs()
+    y, dx, dvalues = products(inputs, implementation=implementation)
+    assert (y.shape, dx.shape) == (inputs.dy.shape, inputs.x.shape)
+    assert dvalues.shape == inputs.values.shape
+    assert not any(np.any(result) for result in (y, dx, dvalues))
+
+
 def test_leading_axes_with_an_epilogue():
     p, _, values, _ = ISLANDS[FEW].inputs()
     rng = np.random.default_rng(1)
@@ -131,6 +142,10 @@ def test_leading_axes_with_an_epilogue():
         x.reshape(6, -1), values, p, bias=bias, residual=residual.reshape(6, -1), activation="relu"
     )
     assert_close(y.reshape(6, -1), flat, ISLANDS[FEW].terms)
+    gated = bsjax.glu(x, values, values, p)
+    assert gated.shape == residual.shape
+    flat = bsjax.glu(x.reshape(6, -1), values, values, p)
+    assert_close(gated.reshape(6, -1), flat, ISLANDS[FEW].terms)
 
 
 def test_numpy_arguments_are_arrays():

@@ -72,6 +72,12 @@ WRONG = {
         f"sddmm: `y` must be {KINDS}, got complex64: cast it first, for example "
         "`y.astype(jnp.float32)`.",
     ),
+    "eight bits": (
+        lambda: bsjax.matmul(X.astype(jnp.float8_e4m3fn), VALUES, P),
+        TypeError,
+        f"matmul: `x` must be {KINDS}, got float8_e4m3fn: cast it first, for example "
+        "`x.astype(jnp.float32)`.",
+    ),
     # patterns that are none
     "model cast to bfloat16": (
         lambda: bsjax.matmul(X, VALUES, LOW),
@@ -99,6 +105,14 @@ WRONG = {
         ValueError,
         "sddmm: expected one pattern with leaves [e], got row (3,) and col (2,): use jax.vmap "
         "over the leading axes.",
+    ),
+    "room in an empty grid": (
+        lambda: bsjax.matmul(
+            X[:, :0], VALUES, BlockPattern.from_mask(np.ones((0, 4), bool), (8, 16), capacity=3)
+        ),
+        ValueError,
+        "matmul: the pattern has 3 slots, but no block exists in its grid (0, 4): build it without "
+        "spare capacity.",
     ),
     "out of range": (
         lambda: bsjax.matmul(X, VALUES, pattern([0, 3, 1], [0, 1, 3])),
