@@ -234,7 +234,7 @@ def _orthonormal(key: Any, p: BlockPattern, features: Features, most: int) -> Ar
     # rows first, so that more of them add to what is drawn and change nothing
     drawn = jax.random.normal(key, (height, c, bc), jnp.float32).swapaxes(0, 1)
     q, upper = jnp.linalg.qr(jnp.where(inside, drawn, 0))
-    # the signs make Q uniform over all orthonormal matrices, and clear what lies right of `short`
+    # the signs make Q uniform over all orthonormal matrices
     q = q * jnp.sign(jnp.diagonal(upper, axis1=1, axis2=2))[:, None]
     lying = jnp.pad(q[:, :bc].swapaxes(1, 2), ((0, 0), (0, height - bc), (0, 0)))
     q = jnp.where((fan >= width)[:, None, None], q, lying).reshape(c, most, br, bc)

@@ -134,11 +134,12 @@ def test_fan_in_alone_is_unfair_to_gradients(unit_draws):
     assert variance.sum(1).max() > 4
 
 
-def test_sinkhorn_of_a_rectangle_with_padding(unit_draws):
-    p, (k, m) = bsjax.BlockPattern.from_mask(np.ones((5, 4), bool), (8, 6)), (37, 20)
+@pytest.mark.parametrize("mask", [np.ones((5, 4), bool), patterns.banded((5, 4), 1)])
+def test_sinkhorn_of_a_rectangle_with_padding(unit_draws, mask):
+    p, (k, m) = bsjax.BlockPattern.from_mask(mask, (8, 6)), (37, 20)
     variance = np.asarray(bsjax.todense(inits.sinkhorn()(KEY, p, features=(k, m)), p)) ** 2
-    np.testing.assert_allclose(variance.sum(0)[:m], 1, rtol=1e-5)
-    np.testing.assert_allclose(variance.sum(1)[:k], m / k, rtol=1e-5)
+    np.testing.assert_allclose(variance.sum(0)[:m], 1, rtol=1e-3)
+    np.testing.assert_allclose(variance.sum(1)[:k], m / k, rtol=1e-3)
 
 
 def test_sinkhorn_draws_a_normal():
@@ -182,6 +183,13 @@ def test_orthogonal_columns():
             q = column(values, p, j, features)
             small = q.T @ q if q.shape[0] >= q.shape[1] else q @ q.T
             np.testing.assert_allclose(small, 9 * np.eye(len(small)), atol=9e-5)
+
+
+def test_orthogonal_is_uniform():
+    """LAPACK gives the first number of Q a sign of its own choice."""
+    p = pattern("random, 64")
+    values, start = inits.orthogonal()(KEY, p), np.searchsorted(p.col, np.arange(64))
+    assert 10 < np.sum(np.asarray(values)[start, 0, 0] > 0) < 54
 
 
 # ---------------------------------------------------------------- standard initialisers

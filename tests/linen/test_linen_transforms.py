@@ -185,3 +185,23 @@ def test_learns():
             state, value = step(state)
             losses.append(float(value))
     assert losses[-1] < 0.1 * losses[0]
+
+
+def test_a_pattern_stays_known_inside_jit():
+    """Linen rebuilds fields from what they serialise to, which must not stage them as constants."""
+
+    class Own(nn.Module):
+        pattern: Any
+
+        def setup(self):
+            self.held = self.pattern
+            self.linear = BlockLinear(
+                WIDTH, pattern=self.held, kernel_init=nn.initializers.he_normal()
+            )
+
+        def __call__(self, x):
+            return self.linear(x)
+
+    model = Own(bsjax.BlockPattern.from_mask(MASK, 8))
+    variables = jax.jit(model.init)(KEY, X)
+    assert variables["params"]["linear"]["values"].shape == (MASK.sum(), 8, 8)

@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx, serialization
 
-import bsjax
+import bsjax.nnx
 from tests.nnx.test_nnx_training import MASK, data, model, patterns, step
 
 TX = optax.adam(1e-2)

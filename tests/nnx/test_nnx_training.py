@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
-import bsjax
+import bsjax.nnx
 from tests.helpers import normal, random_mask
 
 MASK = random_mask(4, 4, 0.5, seed=2)

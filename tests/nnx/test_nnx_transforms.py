@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import bsjax
+import bsjax.nnx
 from bsjax import inits
 from tests.helpers import random_mask
 from tests.nnx.test_nnx_linear import IN, MASK, inputs, layer, p
