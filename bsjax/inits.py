@@ -230,7 +230,8 @@ def _orthonormal(key: Any, p: BlockPattern, features: Features, most: int) -> Ar
     fan = _stored_inputs(p, features).astype(jnp.int32)
     width = jnp.asarray(_sides(c, bc, features[1]), jnp.int32)
     long, short = (f(fan, width)[:, None, None] for f in (jnp.maximum, jnp.minimum))
-    inside = (jnp.arange(height)[None, :, None] < long) & (jnp.arange(bc)[None, None] < short)
+    row, col = (np.arange(size, dtype=np.int32) for size in (height, bc))
+    inside = (row[None, :, None] < long) & (col[None, None] < short)
     # rows first, so that more of them add to what is drawn and change nothing
     drawn = jax.random.normal(key, (height, c, bc), jnp.float32).swapaxes(0, 1)
     q, upper = jnp.linalg.qr(jnp.where(inside, drawn, 0))

@@ -177,3 +177,13 @@ ERRORS = {
 def test_errors(call, kind, message):
     with pytest.raises(kind, match=re.escape(message)):
         call(pattern("random, 4"))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_float64(name):
+    """Under x64 and strict promotion no index is of another width."""
+    p, features = ragged()
+    with jax.enable_x64(True):
+        values = EVERY[name](KEY, p, jnp.float64, features)
+    assert values.dtype == np.float64
+    assert np.isfinite(values).all()

@@ -39,6 +39,9 @@ class FieldPattern(BlockPattern):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, FieldPattern) and self._identity() == other._identity()
 
+    def __reduce__(self) -> Any:
+        return FieldPattern, (self.row, self.col, self.grid, self.block)
+
     def __hash__(self) -> int:
         return hash(self._identity())
 

@@ -1,5 +1,6 @@
 """`bsjax.linen.BlockLinear`: the arithmetic of the NNX layer, and a Linen module like any other."""
 
+import copy
 import re
 
 import jax
@@ -187,7 +188,7 @@ def test_modules_are_compared_by_their_blocks():
     assert layer() == layer()
     assert hash(layer()) == hash(layer())
     assert layer() == layer(pattern=p(), block=8)
-    assert layer().clone() == layer()
+    assert layer().clone() == copy.deepcopy(layer()) == layer()
     assert layer() != layer(pattern=np.roll(MASK, 1, axis=0))
     assert layer() != layer(pattern=bsjax.BlockPattern.from_mask(MASK, 16), block=None)
     assert layer().pattern.equals(p())
