@@ -199,6 +199,7 @@ def test_nothing_is_shown_and_no_backend_is_chosen(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError
 
+    plt.close(plt.figure())  # matplotlib chooses its backend at the first figure: before we watch
     monkeypatch.setattr(plt, "show", refuse)
     monkeypatch.setattr(plt, "switch_backend", refuse)
     monkeypatch.setattr(mpl, "use", refuse)
