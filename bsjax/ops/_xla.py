@@ -7,6 +7,7 @@ What was measured on CPUs and decides the shape of this file:
 * One product per stored block is too small, one batched product over all blocks writes e * bc * n
   partial sums to memory. A block-column at a time, a few stored blocks per product, keeps the
   partial sums in cache, and a column costs what it stores.
+* The stored blocks of `x^T y` need no transposition at all where few of them are stored.
 * At few tokens the batched product wins, since the partial sums are small and loops are not free.
 """
 
@@ -24,6 +25,8 @@ from bsjax.pattern import BlockPattern, pointers
 
 FEW_TOKENS = 128  # up to here one batched product over all stored blocks may beat the loop,
 PARTIAL = 1 << 22  # as long as what it gathers and writes stays in the cache: so many numbers
+WIDE = 32  # slices of columns as wide as this are read at a fair speed, and cost less
+FEW_READS = 3  # than a transposition as long as no column is read more often, on average
 INNER = 512  # features per product: large enough to run at full speed, small enough for the cache
 
 
@@ -122,9 +125,34 @@ def sddmm(
     precision: Any,
     out_dtype: Any,
 ) -> Float[Array, "e br bc"]:
-    """The stored blocks of `x^T y`, block-column by block-column."""
-    n, e = x.shape[0], p.capacity
-    lists, dtype = _Lists(p, False), accumulator(x, y)
+    """The stored blocks of `x^T y`."""
+    reads = p.capacity * sum(p.block) / max(1, sum(p.shape))
+    form = _by_slot if min(p.block) >= WIDE and reads <= FEW_READS else _stored_by_column
+    return form(x, y, _Lists(p, False), p.capacity, precision, accumulator(x, y), out_dtype)
+
+
+def _by_slot(
+    x: Array, y: Array, lists: _Lists, e: int, precision: Any, dtype: Any, out_dtype: Any
+) -> Array:
+    """Stored block by stored block, straight from the tokens: no transposition."""
+
+    def product(i: Any, out: Array) -> Array:
+        left = lax.dynamic_slice_in_dim(x, lists.source[i] * lists.width_in, lists.width_in, 1)
+        right = lax.dynamic_slice_in_dim(y, lists.target[i] * lists.width_out, lists.width_out, 1)
+        part = lax.dot_general(
+            left, right, (((0,), (0,)), ((), ())), precision=precision, preferred_element_type=dtype
+        )
+        return lax.dynamic_update_index_in_dim(out, part.astype(out_dtype), i, 0)
+
+    out = _zeros((e, lists.width_in, lists.width_out), out_dtype, x, y, lists.ptr)
+    return lax.fori_loop(0, lists.ptr[-1], product, out) if e else out
+
+
+def _stored_by_column(
+    x: Array, y: Array, lists: _Lists, e: int, precision: Any, dtype: Any, out_dtype: Any
+) -> Array:
+    """Block-column by block-column, a few stored blocks per product."""
+    n = x.shape[0]
     x_blocks = x.T.reshape(lists.inputs, lists.width_in, n)
     y_blocks = y.T.reshape(lists.outputs, lists.width_out, n)
 
@@ -144,7 +172,7 @@ def sddmm(
 
         return _in_pieces(lists.ptr[j], lists.ptr[j + 1], _piece(lists, e), product, out)
 
-    out = _zeros((e, *p.block), out_dtype, x, y, lists.ptr)
+    out = _zeros((e, lists.width_in, lists.width_out), out_dtype, x, y, lists.ptr)
     return lax.fori_loop(0, lists.outputs, column, out) if e else out
 
 

@@ -35,7 +35,7 @@ FORMS = {name: SHARED[name] for name in ("hub, 7 tokens", "random, 137 tokens")}
 # for what depends on the formulation less: the few tokens only in the long run
 FORM_NAMES = [pytest.param("hub, 7 tokens", marks=pytest.mark.slow), "random, 137 tokens"]
 SIDES = {
-    "side 64": Case(mask=random_mask(3, 2, 0.5), block=64, n=MANY),
+    "side 64, spare": Case(mask=random_mask(3, 2, 0.5), block=64, n=MANY, capacity=6),
     "side 256": Case(mask=random_mask(2, 3, 0.5), block=256, n=MANY),
 }
 MORE_SIDES = {
@@ -69,6 +69,9 @@ def test_xla(case):
 
 def test_both_formulations_are_hit():
     assert FEW <= _xla.FEW_TOKENS < MANY
+    narrow, wide = (CASES["random, 137 tokens"], SIDES["side 64, spare"])
+    assert narrow.block < _xla.WIDE <= wide.block
+    assert wide.capacity * 2 * wide.block <= _xla.FEW_READS * wide.block * sum(wide.mask.shape)
 
 
 @pytest.mark.parametrize("name", FORM_NAMES)
