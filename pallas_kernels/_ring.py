@@ -1,0 +1,108 @@
+"""Stages of shared memory in a ring: one warpgroup loads ahead, the others multiply behind it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+SLICE = 64  # columns of an output tile that are staged at a time
+LOADING, MULTIPLYING = 40, 232  # registers of a thread
+
+
+class Ring(NamedTuple):
+    """Barriers of the stages. `turn` counts the steps of a program from zero; stages repeat."""
+
+    full: Any
+    empty: Any
+
+    @property
+    def stages(self) -> int:
+        return self.full.shape[0]
+
+    def stage(self, turn: Any) -> Array:
+        return lax.rem(turn, self.stages)
+
+    def free(self, turn: Any) -> tuple[Array, Any]:
+        """The stage to load, once everybody has read it, and the barrier to arrive at."""
+        stage = self.stage(turn)
+
+        @pl.when(turn >= self.stages)
+        def _():
+            plgpu.barrier_wait(self.empty.at[stage])
+
+        return stage, self.full.at[stage]
+
+    def release(self, turn: Any) -> None:
+        plgpu.barrier_arrive(self.empty.at[self.stage(turn)])
+
+    def sums(
+        self, turn: Any, count: Any, shape: tuple[int, int], operands: Callable[[Array], Any]
+    ) -> Array:
+        """The sum of `a @ b` over `count` steps, where `a, b = operands(stage)` lie in memory."""
+
+        def accumulate(acc):
+            def step(s, _):
+                stage = self.stage(turn + s)
+                plgpu.barrier_wait(self.full.at[stage])
+                plgpu.wgmma(acc, *operands(stage))
+                plgpu.wgmma_wait(1)
+                # one product is still running; the one before it has read its stage
+                pl.when(s > 0)(lambda: self.release(turn + s - 1))
+
+            lax.fori_loop(0, count, step, None)
+            return acc[...]
+
+        sums = pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32))
+        pl.when(count > 0)(lambda: self.release(turn + count - 1))
+        return sums
+
+
+def ring(stages: int, warpgroups: int, copies: int) -> Ring:
+    """To be allocated: each stage takes `copies` arrivals to fill, and one of each warpgroup that
+    multiplies to be free again."""
+    return Ring(
+        plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+    )
+
+
+def roles(warpgroups: int, load: Callable[[], None], multiply: Callable[[], None]) -> None:
+    """The last warpgroup loads, the others multiply and get its registers."""
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup == warpgroups)
+    def _():
+        plgpu.set_max_registers(LOADING, action="decrease")
+        load()
+
+    @pl.when(warpgroup < warpgroups)
+    def _():
+        plgpu.set_max_registers(MULTIPLYING, action="increase")
+        multiply()
+
+
+def swizzled(shape: tuple[int, ...], columns: int, dtype: Any) -> Any:
+    """Shared memory as `wgmma` and TMA like it, of which `columns` at a time are used."""
+    size = jnp.dtype(dtype).itemsize
+    swizzle = plgpu.find_swizzle(columns * size * 8)
+    tiling = plgpu.TilingTransform((8, swizzle // size))
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+
+
+def staging(rows: int, width: int, dtype: Any) -> Any:
+    """Shared memory for a slice of an output tile."""
+    columns = min(SLICE, width)
+    return swizzled((rows, columns), columns, dtype)
+
+
+def store(sums: Array, staging: Any, copy: Callable[[Any, Any], None]) -> None:
+    """Rounds `sums` to shared memory, a slice at a time; `copy(staging, columns)` starts writes."""
+    width = staging.shape[1]
+    for first in range(0, sums.shape[1], width):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        staging[...] = sums[:, first : first + width].astype(staging.dtype)
+        plgpu.commit_smem()
+        copy(staging, pl.ds(first, width))

@@ -1,0 +1,150 @@
+"""Who computes what: all steps of all output tiles in a row, cut into equal parts.
+
+An output tile takes as many steps as it has stored blocks, and one more to write it. A worker takes
+an equal share of all steps, wherever the cuts fall, so hub columns, few tokens and a number of tiles
+that workers do not divide all cost their share and no more (Osama et al. 2023, "Stream-K"). Pieces
+of a tile that was cut are written as they are and added by `join`, always in the same order.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import _ring
+from pallas_kernels._config import Config
+
+WHOLE = 2**31 - 1
+ROWS = 64  # of a tile that one program of `join` writes
+
+
+class Shares(NamedTuple):
+    """Tables for `workers`, and for the tiles that were cut."""
+
+    spans: Array  # int32 [2 * workers, 4]: first tile, its first step, tiles, the last one's end
+    joins: Array  # int32 [workers, 2]: tile, pieces after the first; a worker's last tile
+
+
+def shares(
+    starts: Array, tiles: int, workers: int, *, split: bool, total: Array | None = None
+) -> Shares:
+    """Cut columns of equal tiles among workers.
+
+    Column `j` has `tiles` tiles of `(starts[j + 1] - starts[j]) / tiles` steps, more than none;
+    those from step `total` on are left out. A worker's share is walked in two spans, so that all workers are at the start of a column at the same time: then
+    they read the same tokens.
+    """
+    columns = starts.shape[0] - 1
+    total = starts[-1] if total is None else total
+    each = jnp.arange(workers + 1)
+    cuts = each * (total // workers) + jnp.minimum(each, total % workers)
+    column = jnp.sum(starts[1:] <= cuts[:, None], axis=1, dtype=jnp.int32)
+    column = jnp.minimum(column, columns - 1)
+    steps = (starts[column + 1] - starts[column]) // tiles
+    offset = cuts - starts[column]
+    tile = column * tiles + offset // steps
+    inside = offset % steps
+    if not split:  # a tile belongs to the worker in whose share it begins
+        tile, inside = tile + (inside > 0), jnp.zeros_like(inside)
+    # the first column boundary in a share; tiles from there on come first
+    first, last = tile[:-1], tile[1:]
+    turn = -(-(first + (inside[:-1] > 0)) // tiles) * tiles
+    turn = jnp.where(turn < last + (inside[1:] > 0), turn, first)
+    into = jnp.where(turn == first, inside[:-1], 0)
+    ends = jnp.where(inside[1:] > 0, inside[1:], WHOLE)
+    early = jnp.stack([turn, into, last - turn + (inside[1:] > 0), ends], axis=1)
+    late = jnp.stack([first, inside[:-1], turn - first, jnp.full_like(first, WHOLE)], axis=1)
+    spans = jnp.stack([early, late], axis=1).reshape(2 * workers, 4)
+    # a worker begins a tile that others end
+    cut = inside > 0
+    begins = cut[1:] & ((tile[:-1] != tile[1:]) | ~cut[:-1])
+    pieces = jnp.sum(cut & (tile == tile[1:, None]), axis=1, dtype=jnp.int32)
+    joins = jnp.stack([tile[1:], jnp.where(begins, pieces, 0)], axis=1)
+    return Shares(spans.astype(jnp.int32), joins.astype(jnp.int32))
+
+
+class Piece(NamedTuple):
+    """A part of one output tile, inside a kernel."""
+
+    tile: Array
+    first: Array  # step
+    last: Array  # step
+    whole: Array  # all steps of the tile, so that it can be written
+
+
+def walk(
+    spans: Any, worker: Array, steps_of: Callable[[Array], Array], body: Callable[..., Array]
+) -> None:
+    """`turn = body(piece, turn)` for every piece of a worker's share, in order."""
+
+    def span(part, turn):
+        row = 2 * worker + part
+        begin, into, count, end = (spans[row, i] for i in range(4))
+
+        def one(i, turn):
+            tile = begin + i
+            steps = steps_of(tile)
+            first = lax.select(i == 0, into, 0)
+            last = lax.select(i == count - 1, lax.min(end, steps), steps)
+            return body(Piece(tile, first, last, (first == 0) & (last == steps)), turn)
+
+        return lax.fori_loop(0, count, one, turn)
+
+    lax.fori_loop(0, 2, span, jnp.int32(0))
+
+
+def pieces(config: Config, tile: tuple[int, int]) -> jax.ShapeDtypeStruct:
+    """Room for the pieces of tiles: a worker ends one that others began, and begins one."""
+    return jax.ShapeDtypeStruct((2 * config.workers if config.split else 1, *tile), jnp.float32)
+
+
+def keep(sums: Array, at: Piece, worker: Array, pieces: Any, rows: Any, config: Config) -> None:
+    """Inside a kernel: stores the sums of a tile that was cut."""
+    if config.split:
+
+        @pl.when(jnp.logical_not(at.whole))
+        def _():
+            pieces[2 * worker + lax.select(at.first == 0, 1, 0), rows, :] = sums
+
+
+def join(
+    y: Array, pieces: Array, shares: Shares, config: Config, write: Callable[..., None]
+) -> Array:
+    """`y` with the tiles that were cut, each the sum of its pieces in the order of workers.
+
+    `write(tile, row, sums, staging, y)` starts writing rows of a tile, from `row` on.
+    """
+    if not config.split:
+        return y
+    _, rows, width = pieces.shape
+
+    def kernel(y, pieces, joins, staging):
+        worker, part = lax.axis_index("worker"), lax.axis_index("part")
+
+        def load(piece):
+            own = pieces.at[piece, pl.ds(part * ROWS, ROWS), :]
+            return plgpu.load(own, layout=plgpu.Layout.WGMMA)
+
+        @pl.when(joins[worker, 1] > 0)
+        def _():
+            sums = lax.fori_loop(
+                1,
+                joins[worker, 1] + 1,
+                lambda i, sums: sums + load(2 * (worker + i)),
+                load(2 * worker + 1),
+            )
+            write(joins[worker, 0], part * ROWS, sums, staging, y)
+            plgpu.wait_smem_to_gmem(0)
+
+    ref = jax.new_ref(y)  # written in place
+    plgpu.kernel(
+        kernel,
+        grid=(config.workers, rows // ROWS),
+        grid_names=("worker", "part"),
+        scratch_types=(_ring.staging(ROWS, width, y.dtype),),
+    )(ref, pieces, shares.joins)
+    return ref[...]

@@ -1,0 +1,152 @@
+"""x @ S and x @ S^T for a block-sparse S, from the same stored values.
+
+One program on every multiprocessor, for the whole product. One warpgroup loads: it runs ahead over
+a ring of stages, across output tiles, led by the lists of stored blocks. The others multiply.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import _ring, _workers
+from pallas_kernels._config import Config, staged
+
+
+def fit(config: Config, block: tuple[int, int], out_bytes: int) -> Config | None:
+    """`config` with as many stages as shared memory holds, for blocks (inputs, outputs)."""
+    width_in, width_out = block
+    step = 2 * min(config.depth, width_in) * (config.tile + width_out)
+    return staged(config, step, config.tile * min(_ring.SLICE, width_out) * out_bytes)
+
+
+def matmul(
+    x: Array,
+    values: Array,
+    source: Array,
+    slot: Array | None,
+    ptr: Array,
+    config: Config,
+    *,
+    out_dtype: Any,
+) -> Array:
+    """`y[n, o]`: output block j is the sum of `x[:, source[i]] @ values[i]` over i in
+    `ptr[j]..ptr[j + 1]`.
+
+    With `slot`, the stored block of `i` is the transpose of `values[slot[i]]`. `n` must be a
+    multiple of `config.tile`, and there must be tokens, output blocks and at least one slot.
+    """
+    n = x.shape[0]
+    width_in, width_out = values.shape[1:] if slot is None else values.shape[:0:-1]
+    blocks, tiles = ptr.shape[0] - 1, n // config.tile
+    parts = width_in // min(config.depth, width_in)
+    steps = ptr * parts + jnp.arange(blocks + 1, dtype=ptr.dtype)  # one more for each, to write
+    shares = _workers.shares(steps * tiles, tiles, config.workers, split=config.split)
+    run = plgpu.kernel(
+        functools.partial(_matmul, config=config, width_in=width_in, transpose=slot is not None),
+        out_type=(
+            jax.ShapeDtypeStruct((n, blocks * width_out), out_dtype),
+            _workers.pieces(config, (config.tile, width_out)),
+        ),
+        grid=(config.workers,),
+        grid_names=("worker",),
+        num_threads=config.warpgroups + 1,
+        thread_name="warpgroup",
+    )
+    y, pieces = run(x, values, source, source if slot is None else slot, ptr, shares.spans)
+
+    def write(tile, row, sums, staging, y):
+        _write(sums, staging, y, lax.rem(tile, tiles) * config.tile + row, lax.div(tile, tiles))
+
+    return _workers.join(y, pieces, shares, config, write)
+
+
+def _matmul(
+    x, values, source, slot, ptr, spans, y, pieces, *, config: Config, width_in: int, transpose: bool
+):
+    _, tile, width_out = pieces.shape
+    depth, tiles, rows = min(config.depth, width_in), x.shape[0] // tile, tile // config.warpgroups
+    parts = width_in // depth
+    worker = lax.axis_index("worker")
+
+    def products(tile):
+        j = lax.div(tile, tiles)
+        return (ptr[j + 1] - ptr[j]) * parts
+
+    def walk(body):
+        _workers.walk(spans, worker, lambda tile: products(tile) + 1, body)
+
+    def load(x_tiles, v_tiles, ring):
+        def piece(at: _workers.Piece, turn):
+            j, t = lax.div(at.tile, tiles), lax.rem(at.tile, tiles)
+            tokens, first = pl.ds(t * tile, tile), ptr[j] * parts
+
+            def step(s, turn):
+                i, part = lax.div(first + s, parts), lax.rem(first + s, parts)
+                features = pl.ds(part * depth, depth)
+                stage, full = ring.free(turn)
+                plgpu.copy_gmem_to_smem(
+                    x.at[tokens, pl.ds(source[i] * width_in + part * depth, depth)],
+                    x_tiles.at[stage],
+                    full,
+                )
+                block = values.at[slot[i], :, features] if transpose else values.at[i, features]
+                plgpu.copy_gmem_to_smem(block, v_tiles.at[stage], full)
+                return turn + 1
+
+            return lax.fori_loop(at.first, lax.min(at.last, products(at.tile)), step, turn)
+
+        walk(piece)
+
+    def multiply(x_tiles, v_tiles, ring, staging):
+        warpgroup = lax.axis_index("warpgroup")
+        mine = pl.ds(warpgroup * rows, rows)
+
+        def operands(stage):
+            block = v_tiles.at[stage]
+            return x_tiles.at[stage, mine], block.transpose((1, 0)) if transpose else block
+
+        def piece(at: _workers.Piece, turn):
+            count = lax.max(lax.min(at.last, products(at.tile)) - at.first, 0)
+            sums = ring.sums(turn, count, (rows, width_out), operands)
+
+            @pl.when(at.whole)
+            def _():
+                row = lax.rem(at.tile, tiles) * tile + warpgroup * rows
+                _write(sums, staging.at[mine], y, row, lax.div(at.tile, tiles))
+
+            _workers.keep(sums, at, worker, pieces, mine, config)
+            return turn + count
+
+        walk(piece)
+        plgpu.wait_smem_to_gmem(0)
+
+    block = (width_out, depth) if transpose else (depth, width_out)
+    swizzle = min(depth, width_out, _ring.SLICE)  # both operands want the same
+    pl.run_scoped(
+        lambda x_tiles, v_tiles, ring, staging: _ring.roles(
+            config.warpgroups,
+            lambda: load(x_tiles, v_tiles, ring),
+            lambda: multiply(x_tiles, v_tiles, ring, staging),
+        ),
+        _ring.swizzled((config.stages, tile, depth), swizzle, x.dtype),
+        _ring.swizzled((config.stages, *block), swizzle, x.dtype),
+        _ring.ring(config.stages, config.warpgroups, copies=2),
+        _ring.staging(tile, width_out, y.dtype),
+        collective_axes="warpgroup",
+    )
+
+
+def _write(sums, staging, y, row, block) -> None:
+    """Writes the rows from `row` on of an output block."""
+    rows, width = sums.shape
+
+    def copy(staging, columns):
+        where = pl.ds(block * width + columns.start, columns.size)
+        plgpu.copy_smem_to_gmem(staging, y.at[pl.ds(row, rows), where])
+
+    _ring.store(sums, staging, copy)
