@@ -35,21 +35,33 @@ class Ring(NamedTuple):
 
         return stage, self.full.at[stage]
 
+    def drain(self, turn: Any) -> None:
+        """Waits until everything that was loaded before `turn` has been read."""
+
+        @pl.loop(lax.max(turn - self.stages, 0), turn)
+        def _(earlier):
+            plgpu.barrier_wait(self.empty.at[self.stage(earlier)])
+
     def release(self, turn: Any) -> None:
         plgpu.barrier_arrive(self.empty.at[self.stage(turn)])
 
     def sums(
-        self, turn: Any, count: Any, shape: tuple[int, int], operands: Callable[[Array], Any]
+        self,
+        turn: Any,
+        count: Any,
+        shape: tuple[int, int],
+        multiply: Callable[[Any, Array], None],
+        products: int = 1,
     ) -> Array:
-        """The sum of `a @ b` over `count` steps, where `a, b = operands(stage)` lie in memory."""
+        """What `multiply(accumulator, stage)`, which starts so many products, adds in `count` steps."""
 
         def accumulate(acc):
             def step(s, _):
                 stage = self.stage(turn + s)
                 plgpu.barrier_wait(self.full.at[stage])
-                plgpu.wgmma(acc, *operands(stage))
-                plgpu.wgmma_wait(1)
-                # one product is still running; the one before it has read its stage
+                multiply(acc, stage)
+                plgpu.wgmma_wait(products)
+                # this step is still running; the one before it has read its stage
                 pl.when(s > 0)(lambda: self.release(turn + s - 1))
 
             lax.fori_loop(0, count, step, None)

@@ -78,8 +78,8 @@ class Piece(NamedTuple):
 
 def walk(
     spans: Any, worker: Array, steps_of: Callable[[Array], Array], body: Callable[..., Array]
-) -> None:
-    """`turn = body(piece, turn)` for every piece of a worker's share, in order."""
+) -> Array:
+    """`turn = body(piece, turn)` for every piece of a worker's share, in order; the last turn."""
 
     def span(part, turn):
         row = 2 * worker + part
@@ -94,7 +94,7 @@ def walk(
 
         return lax.fori_loop(0, count, one, turn)
 
-    lax.fori_loop(0, 2, span, jnp.int32(0))
+    return lax.fori_loop(0, 2, span, jnp.int32(0))
 
 
 def pieces(config: Config, tile: tuple[int, int]) -> jax.ShapeDtypeStruct:
@@ -112,22 +112,28 @@ def keep(sums: Array, at: Piece, worker: Array, pieces: Any, rows: Any, config: 
 
 
 def join(
-    y: Array, pieces: Array, shares: Shares, config: Config, write: Callable[..., None]
+    y: Array,
+    pieces: Array,
+    shares: Shares,
+    config: Config,
+    write: Callable[..., None],
+    *tables: Array,
 ) -> Array:
     """`y` with the tiles that were cut, each the sum of its pieces in the order of workers.
 
-    `write(tile, row, sums, staging, y)` starts writing rows of a tile, from `row` on.
+    `write(tile, row, sums, staging, y, *tables)` starts writing rows of a tile, from `row` on.
     """
     if not config.split:
         return y
     _, rows, width = pieces.shape
 
-    def kernel(y, pieces, joins, staging):
+    def kernel(y, pieces, joins, *tables_and_staging):
+        *tables, staging = tables_and_staging
         worker, part = lax.axis_index("worker"), lax.axis_index("part")
 
         def load(piece):
             own = pieces.at[piece, pl.ds(part * ROWS, ROWS), :]
-            return plgpu.load(own, layout=plgpu.Layout.WGMMA)
+            return plgpu.load(own, layout=plgpu.Layout.WGMMA, optimized=False)
 
         @pl.when(joins[worker, 1] > 0)
         def _():
@@ -137,7 +143,7 @@ def join(
                 lambda i, sums: sums + load(2 * (worker + i)),
                 load(2 * worker + 1),
             )
-            write(joins[worker, 0], part * ROWS, sums, staging, y)
+            write(joins[worker, 0], part * ROWS, sums, staging, y, *tables)
             plgpu.wait_smem_to_gmem(0)
 
     ref = jax.new_ref(y)  # written in place
@@ -146,5 +152,5 @@ def join(
         grid=(config.workers, rows // ROWS),
         grid_names=("worker", "part"),
         scratch_types=(_ring.staging(ROWS, width, y.dtype),),
-    )(ref, pieces, shares.joins)
+    )(ref, pieces, shares.joins, *tables)
     return ref[...]

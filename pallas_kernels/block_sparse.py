@@ -78,7 +78,7 @@ def _matmul(
         return (ptr[j + 1] - ptr[j]) * parts
 
     def walk(body):
-        _workers.walk(spans, worker, lambda tile: products(tile) + 1, body)
+        return _workers.walk(spans, worker, lambda tile: products(tile) + 1, body)
 
     def load(x_tiles, v_tiles, ring):
         def piece(at: _workers.Piece, turn):
@@ -100,19 +100,21 @@ def _matmul(
 
             return lax.fori_loop(at.first, lax.min(at.last, products(at.tile)), step, turn)
 
-        walk(piece)
+        ring.drain(walk(piece))
 
     def multiply(x_tiles, v_tiles, ring, staging):
         warpgroup = lax.axis_index("warpgroup")
         mine = pl.ds(warpgroup * rows, rows)
 
-        def operands(stage):
+        def product(acc, stage):
             block = v_tiles.at[stage]
-            return x_tiles.at[stage, mine], block.transpose((1, 0)) if transpose else block
+            plgpu.wgmma(
+                acc, x_tiles.at[stage, mine], block.transpose((1, 0)) if transpose else block
+            )
 
         def piece(at: _workers.Piece, turn):
             count = lax.max(lax.min(at.last, products(at.tile)) - at.first, 0)
-            sums = ring.sums(turn, count, (rows, width_out), operands)
+            sums = ring.sums(turn, count, (rows, width_out), product)
 
             @pl.when(at.whole)
             def _():

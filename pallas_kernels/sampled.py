@@ -1,0 +1,197 @@
+"""The stored blocks of x^T y.
+
+Stored blocks of one block-column share its tile of y: `Config.tile` rows of x^T at a time, so that
+small blocks fill the tensor cores too. Workers cut the tokens where a share ends.
+
+A product of the tensor cores has 64 rows. Blocks of 64 rows and more are read from x as it is, and
+transposed on the way to the tensor cores. Smaller ones cannot be: no TMA copy puts two of them side
+by side. They are read from a transposed copy of x, where one lies below the other.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import _ring, _workers
+from pallas_kernels._config import Config, staged
+
+
+ROWS = 64  # of a product of the tensor cores
+
+
+def fit(config: Config, block: tuple[int, int], out_bytes: int) -> Config | None:
+    """`config` with as many stages as shared memory holds, for blocks of that size."""
+    _, width = block
+    step = 2 * config.depth * (config.tile + width)
+    return staged(config, step, config.tile * min(_ring.SLICE, width) * out_bytes)
+
+
+def sddmm(
+    x: Array,
+    y: Array,
+    row: Array,
+    ptr: Array,
+    config: Config,
+    *,
+    block: tuple[int, int],
+    out_dtype: Any,
+) -> Array:
+    """`v[i] = x[:, row[i]]^T @ y[:, j]` for i in `ptr[j]..ptr[j + 1]`: `v[e, *block]`.
+
+    Slots from `ptr[-1]` on hold anything. Tokens must be a multiple of `config.depth`,
+    `config.tile` a multiple of the height of a block; there must be tokens and at least one slot.
+    """
+    height, width = block
+    most = config.tile // height  # stored blocks in a group
+    columns, e = ptr.shape[0] - 1, row.shape[0]
+    groups, total = _groups(ptr, most, min(e, e // most + columns))
+    steps = x.shape[0] // config.depth + 1  # one more, to write
+    starts = jnp.arange(groups.shape[1] + 1, dtype=jnp.int32) * steps
+    shares = _workers.shares(starts, 1, config.workers, split=config.split, total=total * steps)
+    if height < ROWS:
+        x = x.T
+    run = plgpu.kernel(
+        functools.partial(_sddmm, config=config, block=block),
+        out_type=(
+            jax.ShapeDtypeStruct((e, *block), out_dtype),
+            _workers.pieces(config, (config.tile, width)),
+        ),
+        grid=(config.workers,),
+        grid_names=("worker",),
+        num_threads=config.warpgroups + 1,
+        thread_name="warpgroup",
+    )
+    v, pieces = run(x, y, row, groups, shares.spans)
+
+    def write(group, first_row, sums, staging, v, groups):
+        _write(sums, staging, v, first_row, groups, group)
+
+    return _workers.join(v, pieces, shares, config, write, groups)
+
+
+def _groups(ptr: Array, most: int, room: int) -> tuple[Array, Array]:
+    """int32 [3, room]: first slot, slots and column of each group, and how many groups there are.
+
+    The slots of a column are divided as evenly as groups of at most `most` allow.
+    """
+    counts = jnp.diff(ptr)
+    of_column = -(-counts // most)
+    ends = jnp.cumsum(of_column)
+    group = jnp.arange(room)
+    column = jnp.sum(ends <= group[:, None], axis=1, dtype=jnp.int32)
+    column = jnp.minimum(column, ptr.shape[0] - 2)
+    i, n = group - (ends - of_column)[column], jnp.maximum(of_column[column], 1)
+    first, last = (ptr[column] + k * counts[column] // n for k in (i, i + 1))
+    return jnp.stack([first, last - first, column]).astype(jnp.int32), ends[-1]
+
+
+def _sddmm(x, y, row, groups, spans, v, pieces, *, config: Config, block: tuple[int, int]):
+    height, width = block
+    depth, most, rows = config.depth, config.tile // height, config.tile // config.warpgroups
+    narrow, wide = height < ROWS, min(height, ROWS)
+    copies, steps = height // wide, y.shape[0] // depth
+    worker = lax.axis_index("worker")
+
+    def walk(body):
+        return _workers.walk(spans, worker, lambda _: jnp.int32(steps + 1), body)
+
+    def load(x_tiles, y_tiles, ring):
+        def piece(at: _workers.Piece, turn):
+            first, count, column = (groups[k, at.tile] for k in range(3))
+
+            def step(s, turn):
+                tokens = pl.ds(s * depth, depth)
+                stage, full = ring.free(turn)
+                plgpu.copy_gmem_to_smem(
+                    y.at[tokens, pl.ds(column * width, width)], y_tiles.at[stage], full
+                )
+                for i in range(most * copies):
+                    k, part = divmod(i, copies)
+
+                    @pl.when(k < count)
+                    def _(i=i, k=k, part=part):
+                        start = row[first + k] * height + part * wide
+                        if narrow:
+                            source = x.at[pl.ds(start, wide), tokens]
+                            target = x_tiles.at[stage, pl.ds(i * wide, wide)]
+                        else:
+                            source = x.at[tokens, pl.ds(start, wide)]
+                            target = x_tiles.at[stage, i]
+                        plgpu.copy_gmem_to_smem(source, target, full)
+
+                    @pl.when(k >= count)
+                    def _():
+                        plgpu.barrier_arrive(full)
+
+                return turn + 1
+
+            return lax.fori_loop(at.first, lax.min(at.last, steps), step, turn)
+
+        ring.drain(walk(piece))
+
+    def multiply(x_tiles, y_tiles, ring, staging):
+        warpgroup = lax.axis_index("warpgroup")
+        mine = pl.ds(warpgroup * rows, rows)
+
+        def product(acc, stage):
+            if narrow:
+                plgpu.wgmma(acc, x_tiles.at[stage, mine], y_tiles.at[stage])
+                return
+            for m in range(rows // ROWS):
+                left = x_tiles.at[stage, warpgroup * (rows // ROWS) + m]
+                plgpu.wgmma(
+                    acc.at[pl.ds(m * ROWS, ROWS)], left.transpose((1, 0)), y_tiles.at[stage]
+                )
+
+        def piece(at: _workers.Piece, turn):
+            count = lax.max(lax.min(at.last, steps) - at.first, 0)
+            sums = ring.sums(turn, count, (rows, width), product, 1 if narrow else rows // ROWS)
+
+            @pl.when(at.whole)
+            def _():
+                _write(sums, staging.at[mine], v, warpgroup * rows, groups, at.tile)
+
+            _workers.keep(sums, at, worker, pieces, mine, config)
+            return turn + count
+
+        walk(piece)
+        plgpu.wait_smem_to_gmem(0)
+
+    swizzle = min(width, ROWS)
+    x_tile = (config.tile, depth) if narrow else (config.tile // ROWS, depth, ROWS)
+    pl.run_scoped(
+        lambda x_tiles, y_tiles, ring, staging: _ring.roles(
+            config.warpgroups,
+            lambda: load(x_tiles, y_tiles, ring),
+            lambda: multiply(x_tiles, y_tiles, ring, staging),
+        ),
+        _ring.swizzled((config.stages, *x_tile), swizzle, x.dtype),
+        _ring.swizzled((config.stages, depth, width), swizzle, x.dtype),
+        _ring.ring(config.stages, config.warpgroups, copies=most * copies + 1),
+        _ring.staging(config.tile, width, v.dtype),
+        collective_axes="warpgroup",
+    )
+
+
+def _write(sums, staging, v, first_row, groups, group) -> None:
+    """Writes those rows of a group, from `first_row` on, that belong to stored blocks."""
+    rows, height = sums.shape[0], v.shape[1]
+    part = min(rows, height)
+    first, count = groups[0, group], groups[1, group]
+
+    def copy(staging, columns):
+        for k in range(0, rows, part):
+            i, start = lax.div(first_row + k, height), lax.rem(first_row + k, height)
+
+            @pl.when(i < count)
+            def _(k=k, i=i, start=start):
+                plgpu.copy_smem_to_gmem(
+                    staging.at[pl.ds(k, part)], v.at[first + i, pl.ds(start, part), columns]
+                )
+
+    _ring.store(sums, staging, copy)
