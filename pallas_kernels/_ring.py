@@ -8,7 +8,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-SLICE = 64  # columns of an output tile that are staged at a time
+from pallas_kernels.config import SLICE
+
 LOADING, MULTIPLYING = 40, 232  # registers of a thread
 
 
@@ -53,7 +54,7 @@ class Ring(NamedTuple):
         multiply: Callable[[Any, Array], None],
         products: int = 1,
     ) -> Array:
-        """What `multiply(accumulator, stage)`, which starts so many products, adds in `count` steps."""
+        """What `count` steps of `multiply(accumulator, stage)` add, each of so many `products`."""
 
         def accumulate(acc):
             def step(s, _):
@@ -67,7 +68,7 @@ class Ring(NamedTuple):
             lax.fori_loop(0, count, step, None)
             return acc[...]
 
-        sums = pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32))
+        sums = pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
         pl.when(count > 0)(lambda: self.release(turn + count - 1))
         return sums
 
@@ -100,8 +101,9 @@ def swizzled(shape: tuple[int, ...], columns: int, dtype: Any) -> Any:
     """Shared memory as `wgmma` and TMA like it, of which `columns` at a time are used."""
     size = jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle(columns * size * 8)
-    tiling = plgpu.TilingTransform((8, swizzle // size))
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+    tiling = plgpu.TilingTransform((8, swizzle // size))  # pyright: ignore[reportAbstractUsage]
+    transforms = (tiling, plgpu.SwizzleTransform(swizzle))  # pyright: ignore[reportAbstractUsage]
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def staging(rows: int, width: int, dtype: Any) -> Any:

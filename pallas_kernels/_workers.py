@@ -1,9 +1,9 @@
 """Who computes what: all steps of all output tiles in a row, cut into equal parts.
 
-An output tile takes as many steps as it has stored blocks, and one more to write it. A worker takes
-an equal share of all steps, wherever the cuts fall, so hub columns, few tokens and a number of tiles
-that workers do not divide all cost their share and no more (Osama et al. 2023, "Stream-K"). Pieces
-of a tile that was cut are written as they are and added by `join`, always in the same order.
+An output tile takes as many steps as it has stored blocks, and one more to write it. A worker
+takes an equal share of all steps, wherever the cuts fall: hub columns, few tokens and a number of
+tiles that workers do not divide all cost their share and no more (Osama et al. 2023, "Stream-K").
+Pieces of a tile that was cut are written as they are and added by `join`, always in the same order.
 """
 
 from collections.abc import Callable
@@ -16,10 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _ring
-from pallas_kernels._config import Config
+from pallas_kernels.config import ROWS, Config
 
 WHOLE = 2**31 - 1
-ROWS = 64  # of a tile that one program of `join` writes
 
 
 class Shares(NamedTuple):
@@ -35,8 +34,8 @@ def shares(
     """Cut columns of equal tiles among workers.
 
     Column `j` has `tiles` tiles of `(starts[j + 1] - starts[j]) / tiles` steps, more than none;
-    those from step `total` on are left out. A worker's share is walked in two spans, so that all workers are at the start of a column at the same time: then
-    they read the same tokens.
+    those from step `total` on are left out. A worker's share is walked in two spans, so that all
+    workers are at the start of a column at the same time: then they read the same tokens.
     """
     columns = starts.shape[0] - 1
     total = starts[-1] if total is None else total

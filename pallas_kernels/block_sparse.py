@@ -14,14 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _ring, _workers
-from pallas_kernels._config import Config, staged
-
-
-def fit(config: Config, block: tuple[int, int], out_bytes: int) -> Config | None:
-    """`config` with as many stages as shared memory holds, for blocks (inputs, outputs)."""
-    width_in, width_out = block
-    step = 2 * min(config.depth, width_in) * (config.tile + width_out)
-    return staged(config, step, config.tile * min(_ring.SLICE, width_out) * out_bytes)
+from pallas_kernels.config import SLICE, Config
 
 
 def matmul(
@@ -43,7 +36,7 @@ def matmul(
     n = x.shape[0]
     width_in, width_out = values.shape[1:] if slot is None else values.shape[:0:-1]
     blocks, tiles = ptr.shape[0] - 1, n // config.tile
-    parts = width_in // min(config.depth, width_in)
+    parts = width_in // config.depth
     steps = ptr * parts + jnp.arange(blocks + 1, dtype=ptr.dtype)  # one more for each, to write
     shares = _workers.shares(steps * tiles, tiles, config.workers, split=config.split)
     run = plgpu.kernel(
@@ -66,10 +59,21 @@ def matmul(
 
 
 def _matmul(
-    x, values, source, slot, ptr, spans, y, pieces, *, config: Config, width_in: int, transpose: bool
+    x,
+    values,
+    source,
+    slot,
+    ptr,
+    spans,
+    y,
+    pieces,
+    *,
+    config: Config,
+    width_in: int,
+    transpose: bool,
 ):
     _, tile, width_out = pieces.shape
-    depth, tiles, rows = min(config.depth, width_in), x.shape[0] // tile, tile // config.warpgroups
+    depth, tiles, rows = config.depth, x.shape[0] // tile, tile // config.warpgroups
     parts = width_in // depth
     worker = lax.axis_index("worker")
 
@@ -128,7 +132,7 @@ def _matmul(
         plgpu.wait_smem_to_gmem(0)
 
     block = (width_out, depth) if transpose else (depth, width_out)
-    swizzle = min(depth, width_out, _ring.SLICE)  # both operands want the same
+    swizzle = min(depth, width_out, SLICE)  # both operands want the same
     pl.run_scoped(
         lambda x_tiles, v_tiles, ring, staging: _ring.roles(
             config.warpgroups,

@@ -18,17 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _ring, _workers
-from pallas_kernels._config import Config, staged
-
-
-ROWS = 64  # of a product of the tensor cores
-
-
-def fit(config: Config, block: tuple[int, int], out_bytes: int) -> Config | None:
-    """`config` with as many stages as shared memory holds, for blocks of that size."""
-    _, width = block
-    step = 2 * config.depth * (config.tile + width)
-    return staged(config, step, config.tile * min(_ring.SLICE, width) * out_bytes)
+from pallas_kernels.config import ROWS, Config
 
 
 def sddmm(
