@@ -1,15 +1,7 @@
-"""The recipe: the models are what they claim, runs resume bitwise, mistakes are one line."""
+"""The models are what they claim, learn, and a resumed run is bitwise the uninterrupted one."""
 
 import dataclasses
-import json
 import math
-import os
-import re
-import shlex
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,35 +10,11 @@ import pytest
 from flax import nnx
 
 import bsjax.nnx
-from models import _report, transformer
-from models import _text as texts
-from models._cli import INTERRUPTED, Mistake, parse
+from models import transformer
+from models._cli import Mistake
 from models._train import Checkpoints
-from models.transformer import Config, Run, Size, Transformer, block_sparse, dense
-
-TINY = shlex.split(
-    "--steps 30 --learning_rate 0.02 --batch 2 --length 16 --width 32 --layers 1 --heads 2 "
-    "--block 8 --density 0.25 --heldout_bytes 100 --rounds 2 --sample_length 5"
-)
-HOUSE = Path(__file__).parents[2]
-
-
-def config(*more):
-    return parse(Config, [*TINY, *more], command="it")
-
-
-@pytest.fixture(scope="module")
-def text():
-    draw = np.random.default_rng(0).choice(np.frombuffer(b"abcde \n", np.uint8), 3000)
-    return texts.Text(draw[:2500], draw[2500:], "letters")
-
-
-@pytest.fixture
-def words(tmp_path, text):
-    path = tmp_path / "words.txt"
-    path.write_bytes(text.train.tobytes())
-    return path
-
+from models.transformer import Run, Size, Transformer, block_sparse, dense
+from tests.models.tiny import config, ctrl_c_at, optax_promotes
 
 # ------------------------------------------------------------------------------------ the models
 
@@ -73,10 +41,9 @@ def test_parameters_are_equal_counted_whole(flags):
 @pytest.fixture(scope="module")
 def models():
     """One of each kind, equally wide."""
-    c = config()
-    return {
-        make: Transformer(c, Size(32, 128, make), nnx.Rngs(0)) for make in (block_sparse, dense)
-    }
+    c, makers = config(), (block_sparse, dense)
+    with optax_promotes():  # elsewhere they are made so, and that compiles once
+        return {make: Transformer(c, Size(32, 128, make), nnx.Rngs(0)) for make in makers}
 
 
 def found(model, kind):
@@ -142,17 +109,11 @@ def test_equal_sizes_share_one_compilation(straight):
 # ------------------------------------------------------------------------------------ the training
 
 
-@pytest.fixture
-def optax_promotes():
-    """Adam raises a float to the power of an integer step, which strict promotion refuses."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 def runs_of(c):
     sparse = transformer.wide(c)
     sizes = {"block-sparse": sparse, "dense": transformer.narrower(c, sparse)}
-    return {name: Run.start(c, size) for name, size in sizes.items()}
+    with optax_promotes():
+        return {name: Run.start(c, size) for name, size in sizes.items()}
 
 
 def leaves(runs):
@@ -164,7 +125,7 @@ def straight(text, tmp_path_factory):
     """(runs, losses) without an interruption."""
     runs = runs_of(config())
     saved = Checkpoints(tmp_path_factory.mktemp("straight"), {})
-    with jax.numpy_dtype_promotion("standard"):
+    with optax_promotes():
         return runs, transformer.train(config(), text, runs, saved)
 
 
@@ -176,21 +137,15 @@ def test_both_models_learn(straight):
         assert np.mean(of_one[-4:]) < math.log2(7) + 0.6  # seven letters, at random
 
 
-@pytest.mark.usefixtures("optax_promotes")
-def test_a_resumed_run_has_the_same_losses_bit_by_bit(straight, tmp_path, text, monkeypatch, capfd):
-    def interrupting(config, text, step):
-        if step == 11:
-            signal.raise_signal(signal.SIGINT)
-        return batch(config, text, step)
-
-    c, batch = config(), transformer.batch
-    monkeypatch.setattr(transformer, "batch", interrupting)
-    assert transformer.train(c, text, runs_of(c), Checkpoints(tmp_path, {})) is None
-    monkeypatch.undo()
-    saved = Checkpoints(tmp_path, {})
-    assert saved.step() == 12  # the step under way ended
-    resumed = runs_of(c)
-    losses = transformer.train(dataclasses.replace(c, resume=True), text, resumed, saved)
+def test_a_resumed_run_has_the_same_losses_bit_by_bit(straight, tmp_path, text, capfd):
+    c = config()
+    with optax_promotes():
+        with ctrl_c_at(11):
+            assert transformer.train(c, text, runs_of(c), Checkpoints(tmp_path, {})) is None
+        saved = Checkpoints(tmp_path, {})
+        assert saved.step() == 12  # the step under way ended
+        resumed = runs_of(c)
+        losses = transformer.train(dataclasses.replace(c, resume=True), text, resumed, saved)
     assert losses == straight[1]
     for a, b in zip(leaves(straight[0]), leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -201,93 +156,3 @@ def test_a_model_that_diverges_ends_the_run(text, tmp_path, monkeypatch):
     monkeypatch.setattr(transformer, "train_step", lambda *_: jnp.float32(jnp.nan))
     with pytest.raises(Mistake, match=r"^the block-sparse model diverged.*: lower --learning_rate"):
         transformer.train(config(), text, runs_of(config()), Checkpoints(tmp_path, {}))
-
-
-# ---------------------------------------------------------------------------------- the whole thing
-
-
-@pytest.mark.usefixtures("optax_promotes")
-def test_the_recipe_from_flags_to_pictures(tmp_path, words, capsys, monkeypatch):
-    monkeypatch.setattr(_report, "DENSITIES", (0.125, 0.5))
-    out = tmp_path / "out"
-    flags = [*TINY, "--data", str(words), "--out", str(out)]
-    assert transformer.main(flags) == 0
-    printed = capsys.readouterr().out
-    for part in ("block-sparse", "dense, 32 wide", "unigram", "lzma", str(out), "What the "):
-        assert part in printed
-    pictures = {"losses.png", "patterns.png", "speed.png"}
-    made = {path.name.removeprefix("transformer-") for path in out.glob("*.png")}
-    assert made == pictures
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in out.glob("*.png"))
-    models = json.loads((out / "transformer.json").read_text())["models"]
-    sparse, narrow = models["block-sparse"], models["dense"]
-    assert abs(sparse["parameters"] / narrow["parameters"] - 1) < 0.02
-    assert sparse["stored"] == 0.25
-    assert all(1 < models[name]["bits/byte"] < 9 for name in ("block-sparse", "dense", "unigram"))
-    assert models["dense, 32 wide"]["bits/byte"] == "not trained"
-
-    # of a finished run, resuming repeats the report; with another width it refuses
-    with pytest.raises(Mistake, match=r"30 has --width 32, this run 64: "):
-        transformer.main([*flags, "--resume", "--width", "64"])
-    words.write_bytes(words.read_bytes() + b"more")
-    with pytest.raises(Mistake, match=r"30 has a text with the hash \w+, this run \w+: "):
-        transformer.main([*flags, "--resume"])
-
-
-MISTAKES = {
-    "missing": ("--data nowhere", "nowhere does not exist: check the path given with --data"),
-    "resume": ("--resume", "no checkpoint in .*: start without --resume"),
-    "out": ("--out words.txt", r"cannot write to words.txt \(File exists\): .* --out"),
-    "length": ("--length 300", "250 bytes of held-out text are fewer than one window of 301: "),
-    "width": ("--width 40 --block 16", r"--width 40 is no multiple of --block \(16\): try 32 or "),
-    "heads": ("--heads 5", r"--width 32 is no multiple of 2 x --heads \(10\): try 30 or 40"),
-    "density": ("--density 0", r"--density must be above 0 and at most 1, got 0\.0"),
-    "nothing": ("--density 0.01", "--density 0.01 stores less than one of the 4 x 4 blocks of a "),
-    "flag": ("--widht 3", "unrecognized arguments: --widht 3"),
-}
-
-
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line_that_says_what_to_do(name, words, monkeypatch):
-    monkeypatch.chdir(words.parent)
-    flags, message = MISTAKES[name]
-    argv = [*TINY, "--data", str(words), "--out", "out", *flags.split()]
-    with pytest.raises(Mistake, match=message) as caught:
-        transformer.main(argv)
-    assert "\n" not in str(caught.value)
-
-
-def start(*flags):
-    # one device, as a user has it
-    command = [sys.executable, "-u", "-m", "models.transformer", *TINY, *flags]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=HOUSE, **streams)
-
-
-def test_ctrl_c_leaves_a_checkpoint_and_the_way_back(tmp_path, words):
-    flags = ["--data", str(words), "--out", str(tmp_path / "out"), "--steps", "100000"]
-    running = start(*flags)
-    assert running.stdout
-    for line in running.stdout:
-        if line.startswith("training 1/"):
-            os.kill(running.pid, signal.SIGINT)
-            break
-    out, err = running.communicate(timeout=100)
-    assert running.returncode == INTERRUPTED, err
-    assert "Traceback" not in err
-    step = Checkpoints(tmp_path / "out" / "transformer-checkpoint", {}).step()
-    assert step is not None
-    assert step < 100000
-    assert f"The checkpoint is in {tmp_path / 'out' / 'transformer-checkpoint'}" in out
-    again = re.search(r"models\.transformer (.*)", out)
-    assert again
-    assert "--resume" in again[1]
-    assert f"--data {words}" in again[1]
-
-
-def test_a_mistake_on_the_command_line_leaves_no_traceback(tmp_path):
-    failing = start("--data", str(tmp_path / "gone"), "--out", str(tmp_path))
-    out, err = failing.communicate(timeout=100)
-    assert failing.returncode == 2
-    assert out == ""
-    assert err == f"error: {tmp_path / 'gone'} does not exist: check the path given with --data\n"
