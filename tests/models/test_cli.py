@@ -67,6 +67,7 @@ def test_a_value_may_hold_dashes():
         ),
         (["--kind", "c"], r"argument --kind: invalid choice: 'c' .*--help` lists every flag$"),
         (["--stepz", "3"], r"unrecognized arguments: --stepz 3; `python -m it --help`"),
+        (["--step", "3"], r"unrecognized arguments: --step 3; "),  # no abbreviations
         (["--data"], r"argument --data: expected at least one argument"),
     ],
 )

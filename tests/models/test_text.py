@@ -71,6 +71,12 @@ def test_whole_files_are_held_out():
         assert (lines <= parts[0]) != (lines <= parts[1])
 
 
+def test_a_tenth_is_held_out():
+    train, heldout, how = texts.split([f"{i:05}".encode() for i in range(5000)])
+    assert how.startswith("whole files")
+    assert 0.09 < len(heldout) / (len(train) + len(heldout)) < 0.11
+
+
 def test_one_file_is_cut():
     train, heldout, how = texts.split([bytes(range(200))])
     np.testing.assert_array_equal(np.concatenate([train, heldout]), np.arange(200))
@@ -141,6 +147,7 @@ BAD_FILES = [
         r"cut.gz cannot be unpacked \(Compressed file ",
     ),
     ("bent.gz", gzip.compress(b"abc")[:-8] + bytes(8), r"bent.gz cannot be .*CRC check failed"),
+    ("bits.gz", gzip.compress(b"")[:10] + b"\xff" * 30, r"bits.gz cannot be unpacked \(Error -3 "),
     ("bad.xz", b"no xz at all", r"bad.xz cannot be unpacked \(Input format not supported"),
     (
         "short",

@@ -78,26 +78,41 @@ def test_only_the_last_checkpoint_is_kept(checkpoints):
     assert checkpoints().step() == 3
 
 
-def test_a_new_run_replaces_an_old_one_only_when_it_saves(checkpoints):
+@pytest.mark.parametrize("step", [1, 9, 12])
+def test_a_new_run_replaces_an_old_one_when_it_first_saves(checkpoints, step):
     old = checkpoints()
     old.save(9, {"x": jnp.float32(9)}, None)
     old.close()
     new = checkpoints()
     assert new.step() == 9
-    new.save(1, {"x": jnp.float32(1)}, None)
+    new.save(step, {"x": jnp.float32(0.5)}, None)
     new.close()
-    assert checkpoints().step() == 1
+    assert [path.name for path in new.folder.iterdir()] == [str(step)]
+    _, after, _ = checkpoints().restore({"x": jnp.float32(0)})
+    assert after["x"] == 0.5
 
 
-def test_a_run_that_goes_on_keeps_its_checkpoint_until_the_next(checkpoints):
+@pytest.mark.parametrize("resumes", [False, True])
+def test_a_checkpoint_is_kept_until_the_next_is_there(checkpoints, monkeypatch, resumes):
     saved = checkpoints()
     saved.save(1, {"x": jnp.float32(1)}, None)
+    if resumes:
+        saved.close()
+        saved = checkpoints()
+        saved.restore({"x": jnp.float32(0)})
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_train.ocp.CheckpointManager, "save", full)
+        with pytest.raises(OSError, match="No space"):
+            saved.save(2, {"x": jnp.float32(2)}, None)
     saved.close()
-    resumed = checkpoints()
-    resumed.restore({"x": jnp.float32(0)})
-    resumed.save(2, {"x": jnp.float32(2)}, None)
-    resumed.close()
-    assert checkpoints().step() == 2
+    assert checkpoints().step() == 1
+    saved.save(3, {"x": jnp.float32(3)}, None)
+    saved.close()
+    assert checkpoints().step() == 3
 
 
 def refused(saved, like):
@@ -185,6 +200,14 @@ def test_the_first_ctrl_c_asks_and_the_second_interrupts(capfd):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
     assert "stopping after this step" in capfd.readouterr().err
+
+
+def test_ctrl_c_is_given_back():
+    before = signal.getsignal(signal.SIGINT)
+    with CtrlC() as stop:
+        assert signal.getsignal(signal.SIGINT) is not before
+    assert signal.getsignal(signal.SIGINT) is before
+    assert not stop.asked
 
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(capsys, monkeypatch):
