@@ -39,31 +39,35 @@ def shares(
     """
     columns = starts.shape[0] - 1
     total = starts[-1] if total is None else total
-    each = jnp.arange(workers + 1)
+    each = jnp.arange(workers + 1, dtype=jnp.int32)
     cuts = each * (total // workers) + jnp.minimum(each, total % workers)
-    column = jnp.sum(starts[1:] <= cuts[:, None], axis=1, dtype=jnp.int32)
+    column = jnp.sum(starts[None, 1:] <= cuts[:, None], axis=1, dtype=jnp.int32)
     column = jnp.minimum(column, columns - 1)
     steps = (starts[column + 1] - starts[column]) // tiles
     offset = cuts - starts[column]
     tile = column * tiles + offset // steps
     inside = offset % steps
     if not split:  # a tile belongs to the worker in whose share it begins
-        tile, inside = tile + (inside > 0), jnp.zeros_like(inside)
+        tile, inside = tile + _int(inside > 0), jnp.zeros_like(inside)
+    cut = inside > 0
+    first, last, begun, end = tile[:-1], tile[1:], _int(cut[:-1]), tile[1:] + _int(cut[1:])
     # the first column boundary in a share; tiles from there on come first
-    first, last = tile[:-1], tile[1:]
-    turn = -(-(first + (inside[:-1] > 0)) // tiles) * tiles
-    turn = jnp.where(turn < last + (inside[1:] > 0), turn, first)
+    turn = (first + begun + tiles - 1) // tiles * tiles
+    turn = jnp.where(turn < end, turn, first)
     into = jnp.where(turn == first, inside[:-1], 0)
-    ends = jnp.where(inside[1:] > 0, inside[1:], WHOLE)
-    early = jnp.stack([turn, into, last - turn + (inside[1:] > 0), ends], axis=1)
+    ends = jnp.where(cut[1:], inside[1:], WHOLE)
+    early = jnp.stack([turn, into, end - turn, ends], axis=1)
     late = jnp.stack([first, inside[:-1], turn - first, jnp.full_like(first, WHOLE)], axis=1)
     spans = jnp.stack([early, late], axis=1).reshape(2 * workers, 4)
     # a worker begins a tile that others end
-    cut = inside > 0
-    begins = cut[1:] & ((tile[:-1] != tile[1:]) | ~cut[:-1])
-    pieces = jnp.sum(cut & (tile == tile[1:, None]), axis=1, dtype=jnp.int32)
-    joins = jnp.stack([tile[1:], jnp.where(begins, pieces, 0)], axis=1)
-    return Shares(spans.astype(jnp.int32), joins.astype(jnp.int32))
+    begins = cut[1:] & ((first != last) | ~cut[:-1])
+    pieces = jnp.sum(cut[None] & (tile[None] == last[:, None]), axis=1, dtype=jnp.int32)
+    joins = jnp.stack([last, jnp.where(begins, pieces, 0)], axis=1)
+    return Shares(spans, joins)
+
+
+def _int(a: Array) -> Array:
+    return a.astype(jnp.int32)
 
 
 class Piece(NamedTuple):

@@ -3,7 +3,7 @@
 import dataclasses
 
 SIDES = (16, 32, 64, 128, 256)
-BLOCK = 128 * 128  # numbers in the largest block
+BLOCK = 128 * 256  # numbers in the largest block
 SHARED_MEMORY = 232_448 - 4_096  # bytes of a Hopper multiprocessor, less what barriers take
 ROWS = 64  # of a product of the tensor cores
 ACCUMULATOR = 128 * 128  # float32 numbers that the registers of a warpgroup hold

@@ -71,9 +71,9 @@ def _groups(ptr: Array, most: int, room: int) -> tuple[Array, Array]:
     """
     counts = jnp.diff(ptr)
     of_column = -(-counts // most)
-    ends = jnp.cumsum(of_column)
-    group = jnp.arange(room)
-    column = jnp.sum(ends <= group[:, None], axis=1, dtype=jnp.int32)
+    ends = jnp.cumsum(of_column, dtype=jnp.int32)
+    group = jnp.arange(room, dtype=jnp.int32)
+    column = jnp.sum(ends[None] <= group[:, None], axis=1, dtype=jnp.int32)
     column = jnp.minimum(column, ptr.shape[0] - 2)
     i, n = group - (ends - of_column)[column], jnp.maximum(of_column[column], 1)
     first, last = (ptr[column] + k * counts[column] // n for k in (i, i + 1))

@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from bsjax.ops import _dense, _mesh, _reference, _xla
+from bsjax.ops import _dense, _mesh, _mosaic, _reference, _xla
 from bsjax.ops._choose import Problem, fastest
 from bsjax.pattern import BlockPattern, is_concrete
 
-_IMPLEMENTATIONS = {"xla": _xla, "dense": _dense, "reference": _reference}
+_IMPLEMENTATIONS = {"xla": _xla, "mosaic": _mosaic, "dense": _dense, "reference": _reference}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,13 +49,17 @@ def sddmm(spec: Spec, x: Array, y: Array, p: BlockPattern) -> Array:
 
 
 def _run_matmul(spec: Spec, transpose: bool, x: Array, values: Array, p: BlockPattern) -> Array:
-    run = _jit_matmul if is_concrete(x, values, p.row, p.col) else _stage_matmul
-    return run(spec, transpose, x, values, p)
+    if not is_concrete(x, values, p.row, p.col):
+        return _stage_matmul(spec, transpose, x, values, p)
+    with _mosaic.in_words("matmul"):
+        return _jit_matmul(spec, transpose, x, values, p)
 
 
 def _run_sddmm(spec: Spec, x: Array, y: Array, p: BlockPattern) -> Array:
-    run = _jit_sddmm if is_concrete(x, y, p.row, p.col) else _stage_sddmm
-    return run(spec, x, y, p)
+    if not is_concrete(x, y, p.row, p.col):
+        return _stage_sddmm(spec, x, y, p)
+    with _mosaic.in_words("sddmm"):
+        return _jit_sddmm(spec, x, y, p)
 
 
 def _stage_matmul(spec: Spec, transpose: bool, x: Array, values: Array, p: BlockPattern) -> Array:

@@ -10,7 +10,9 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 
@@ -61,6 +63,40 @@ def over_tokens(run: Callable[..., Array], x: Array, y: Array, weights: Any = ()
         out_specs=PartitionSpec(),
         axis_names=axes,
     )(x, y, weights)
+
+
+def on_each_device(
+    run: Callable[..., Array], per_token: tuple[Array, ...], weights: tuple[Array, ...], rule: str
+) -> Array:
+    """`run(*per_token, *weights)`, a kernel, on every device's own tokens under automatic axes.
+
+    XLA cannot look into a kernel: left to itself it gathers all tokens on every device. `rule`
+    names the axes of all operands and of the result, as in an einsum; tokens are `n`. A result
+    without them is a sum over devices. Under `vmap` tokens are not kept apart.
+    """
+    summed = "n" not in rule.split("->")[1].split()
+
+    def partition(mesh: Any, operands: Any, result: Any) -> Any:
+        first = [a.sharding.spec[0] for a in operands[: len(per_token)] if a.sharding.spec]
+        axes = next((axis for axis in first if axis is not None), None)
+        own, whole = (NamedSharding(mesh, PartitionSpec(a)) for a in (axes, None))
+
+        def local(*args: Array) -> Array:
+            return lax.psum(run(*args), axes) if summed and axes else run(*args)
+
+        sharded = (own,) * len(per_token) + (whole,) * len(weights)
+        return mesh, local, whole if summed else own, sharded
+
+    whole = custom_partitioning(lambda *args: run(*args))
+    whole.def_partition(partition, sharding_rule=rule)
+    call = custom_vmap(lambda *args: whole(*args))
+
+    @call.def_vmap
+    def _(size: int, batched: Any, *args: Array) -> Any:
+        axes = [0 if one else None for one in batched]
+        return jax.vmap(run, axes, axis_size=size)(*args), True
+
+    return call(*per_token, *weights)
 
 
 def tokens(x: Array) -> int:

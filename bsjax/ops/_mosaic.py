@@ -1,8 +1,157 @@
-"""The one door to the GPU kernels: padding, pointers and configurations belong here."""
+"""The one door to the GPU kernels: padding, lists and configurations belong here.
 
-from typing import Any
+Kernels take 16-bit operands whose sizes their tiles divide. They are imported when the first of
+them runs: `import bsjax` needs no Pallas.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from bsjax.ops import _mesh
+from bsjax.ops._lists import Lists
+from bsjax.pattern import BlockPattern
+from pallas_kernels import config
+
+if TYPE_CHECKING:
+    from bsjax.ops._choose import Problem
 
 
-def why_not(problem: Any) -> str | None:
+def why_not(problem: "Problem") -> str | None:
     """The reason why no kernel can run `problem`, or None if one can."""
-    return f"this release has no Mosaic GPU kernel for {problem.op} yet"
+    if reason := config.why_not(jnp.dtype(problem.dtype).name, problem.block):
+        return reason
+    if isinstance(problem.n, int) and _steps(problem) > config.MOST_STEPS:
+        return f"{problem.n} tokens times {problem.capacity} slots are more than int32 counts"
+    if jax.default_backend() == "gpu":  # a CPU may interpret, or compile for a GPU elsewhere
+        return _no_hopper(jax.devices()[0])
+    return None
+
+
+def _no_hopper(device: jax.Device) -> str | None:
+    capability = getattr(device, "compute_capability", "unknown")
+    if str(capability).startswith("9."):
+        return None
+    return (
+        "the kernels are written for Hopper GPUs (compute capability 9.0), and this is "
+        f"{device.device_kind} ({capability})"
+    )
+
+
+@contextlib.contextmanager
+def in_words(op: str) -> Iterator[None]:
+    """Says what to do about a kernel without a GPU. (Under jit JAX itself says that CPUs only
+    interpret kernels: the platform is not known before.)"""
+    try:
+        yield
+    except ValueError as error:
+        if "interpret mode" not in str(error):
+            raise
+        raise ValueError(
+            f'{op}: implementation="mosaic" cannot run here: it needs a Hopper GPU, and JAX found '
+            f'{jax.default_backend()} only. Use implementation="auto", which takes the fastest '
+            "that can."
+        ) from error
+
+
+def matmul(
+    x: Float[Array, "n i"],
+    values: Float[Array, "e br bc"],
+    p: BlockPattern,
+    *,
+    transpose: bool,
+    precision: Any,
+    out_dtype: Any,
+) -> Float[Array, "n o"]:
+    """`x @ S`, or `x @ S^T` from the same values."""
+    from pallas_kernels import block_sparse
+
+    lists = Lists(p, transpose)
+    if not x.shape[0] * p.capacity * lists.outputs:
+        return jnp.zeros((x.shape[0], lists.outputs * lists.width_out), out_dtype)
+    sizes = (lists.width_in, lists.width_out)
+
+    def run(x: Array, values: Array, ptr: Array, source: Array, slot: Array | None = None) -> Array:
+        n, bytes_ = x.shape[0], jnp.dtype(out_dtype).itemsize
+        chosen = _unsplit(config.for_matmul(n, sizes, bytes_, multiprocessors()))
+        x, values, ptr, source, slot = _alike(_padded(x, chosen.tile), values, ptr, source, slot)
+        y = block_sparse.matmul(x, values, source, slot, ptr, chosen, out_dtype=out_dtype)
+        return _mesh.vary(y, _mesh.varying(x))[:n]
+
+    weights = (values, lists.ptr, lists.source, *(() if lists.slot is None else (lists.slot,)))
+    rule = "n i, e a b, g, e" + ", e" * (lists.slot is not None) + " -> n o"
+    return _on_each_device(run, (x,), weights, rule)
+
+
+def sddmm(
+    x: Float[Array, "n k"],
+    y: Float[Array, "n m"],
+    p: BlockPattern,
+    *,
+    precision: Any,
+    out_dtype: Any,
+) -> Float[Array, "e br bc"]:
+    """The stored blocks of `x^T y`."""
+    from pallas_kernels import sampled_dense
+
+    lists = Lists(p, False)
+    if not x.shape[0] * p.capacity:
+        return jnp.zeros((p.capacity, *p.block), out_dtype)
+
+    def run(x: Array, y: Array, ptr: Array, row: Array) -> Array:
+        bytes_ = jnp.dtype(out_dtype).itemsize
+        chosen = _unsplit(config.for_sddmm(p.block, bytes_, multiprocessors()))
+        x, y, ptr, row = _alike(_padded(x, chosen.depth), _padded(y, chosen.depth), ptr, row)
+        v = sampled_dense.sddmm(x, y, row, ptr, chosen, block=p.block, out_dtype=out_dtype)
+        stored = jnp.arange(p.capacity, dtype=jnp.int32) < ptr[-1]
+        return jnp.where(stored[:, None, None], _mesh.vary(v, _mesh.varying(x)), 0)
+
+    return _on_each_device(run, (x, y), (lists.ptr, lists.source), "n i, n o, g, e -> e a b")
+
+
+def multiprocessors() -> int:
+    """Of the GPU that runs this, or of an H200 where a program is compiled ahead without one."""
+    if device := jax.sharding.get_abstract_mesh().abstract_device:
+        return device.num_cores or config.MULTIPROCESSORS
+    device = jax.devices()[0]
+    return device.core_count if device.platform == "gpu" else config.MULTIPROCESSORS
+
+
+def several_gpus() -> bool:
+    """Whether a program may be spread over several GPUs without saying so while it is traced."""
+    return jax.default_backend() == "gpu" and jax.device_count() > 1
+
+
+def _on_each_device(
+    run: Callable[..., Array], per_token: tuple[Array, ...], weights: tuple[Array, ...], rule: str
+) -> Array:
+    if several_gpus():
+        return _mesh.on_each_device(run, per_token, weights, rule)
+    return run(*per_token, *weights)
+
+
+def _unsplit(chosen: config.Config) -> config.Config:
+    """What joins tiles writes in place, which XLA's partitioner does not take."""
+    return dataclasses.replace(chosen, split=False) if several_gpus() else chosen
+
+
+def _padded(x: Array, tile: int) -> Array:
+    return jnp.pad(x, ((0, -x.shape[0] % tile), (0, 0))) if x.shape[0] % tile else x
+
+
+def _alike(*arrays: Any) -> Any:
+    """All of them varying over the mesh axes that one of them varies over, as a kernel wants."""
+    axes = _mesh.varying(*jax.tree.leaves(arrays))
+    return jax.tree.map(lambda a: _mesh.vary(a, axes), arrays)
+
+
+def _steps(problem: "Problem") -> int:
+    """The most that any of the three products of a training step takes."""
+    parts = max(1, max(problem.block) // 64)
+    return math.ceil(problem.n / 64) * (problem.capacity * parts + max(problem.grid))

@@ -73,7 +73,7 @@ def matmul(
     # an epilogue works on the unrounded sums
     bare = bias is None and act is None and residual is None
     dtype = x.dtype if bare else _reference.accumulator(x, values)
-    spec = _spec(op, x, p, precision, implementation, dtype)
+    spec = _spec(op, (x, values), p, precision, implementation, dtype)
     y = _core.matmul(spec, transpose, x, values, p)
     if bias is not None:
         y = _mesh.per_token(jnp.add, y, jnp.broadcast_to(bias.astype(y.dtype), (1, m)))
@@ -105,7 +105,8 @@ def sddmm(
     validate.last_axis(op, "x", x, p.shape[0], p, "be the left side of")
     validate.last_axis(op, "y", y, p.shape[1], p, "be the right side of")
     validate.same_lead(op, x, y)
-    spec = _spec(op, x, p, precision, implementation, _reference.common_dtype(x.dtype, y.dtype))
+    dtype = _reference.common_dtype(x.dtype, y.dtype)
+    spec = _spec(op, (x, y), p, precision, implementation, dtype)
     return _core.sddmm(spec, x, y, p)
 
 
@@ -140,7 +141,7 @@ def glu(
     both = jnp.concatenate([gate_values.astype(dtype), up_values.astype(dtype)], axis=2)
     (r, c), (br, bc) = p.grid, p.block
     pair = BlockPattern(p.row, p.col, (r, c), (br, 2 * bc))
-    spec = _spec(op, x, pair, precision, implementation, _reference.accumulator(x, both))
+    spec = _spec(op, (x, both), pair, precision, implementation, _reference.accumulator(x, both))
     y = _core.matmul(spec, False, x, both, pair)
     y = y.reshape(*x.shape[:-1], c, 2, bc)
     y = act(y[..., 0, :]) * y[..., 1, :]
@@ -168,10 +169,15 @@ def fromdense(array: Any, p: BlockPattern) -> Float[Array, "e br bc"]:
 
 
 def _spec(
-    op: str, x: Array, p: BlockPattern, precision: Any, wanted: str, dtype: Any
+    op: str, pair: tuple[Array, Array], p: BlockPattern, precision: Any, wanted: str, dtype: Any
 ) -> _core.Spec:
     problem = Problem(
-        op=op, n=_mesh.tokens(x), grid=p.grid, block=p.block, capacity=p.capacity, dtype=x.dtype
+        op=op,
+        n=_mesh.tokens(pair[0]),
+        grid=p.grid,
+        block=p.block,
+        capacity=p.capacity,
+        dtype=_reference.common_dtype(pair[0].dtype, pair[1].dtype),
     )
     check(wanted, problem)
     return _core.Spec(wanted, validate.precision(op, precision), dtype)

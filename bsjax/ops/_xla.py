@@ -20,8 +20,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from bsjax.ops import _mesh
+from bsjax.ops._lists import Lists
 from bsjax.ops._reference import accumulator
-from bsjax.pattern import BlockPattern, pointers
+from bsjax.pattern import BlockPattern
 
 FEW_TOKENS = 128  # up to here one batched product over all stored blocks may beat the loop,
 PARTIAL = 1 << 22  # as long as what it gathers and writes stays in the cache: so many numbers
@@ -40,38 +41,13 @@ def matmul(
     out_dtype: Any,
 ) -> Float[Array, "n o"]:
     """`x @ S`, or `x @ S^T` from the same values."""
-    lists = _Lists(p, transpose)
+    lists = Lists(p, transpose)
     n, partial = x.shape[0], x.shape[0] * p.capacity * sum(p.block)
     form = _batched if n <= FEW_TOKENS and partial <= PARTIAL else _by_column
     return form(x, values, lists, precision, accumulator(x, values)).astype(out_dtype)
 
 
-class _Lists:
-    """For every output block, the slots that feed it: `slot[ptr[j]:ptr[j + 1]]`.
-
-    `source` is the input block of each slot. Slots are the identity for `x @ S` (the values are
-    stored by output column) and sorted by block-row for `x @ S^T`.
-    """
-
-    def __init__(self, p: BlockPattern, transpose: bool) -> None:
-        self.transpose = transpose
-        self.inputs, self.outputs = p.grid[::-1] if transpose else p.grid
-        self.width_in, self.width_out = p.block[::-1] if transpose else p.block
-        if transpose:
-            flipped, self.slot = p.transpose()
-            self.source, self.target = flipped.row, flipped.col
-        else:
-            self.slot, self.source, self.target = None, p.row, p.col
-        self.ptr = pointers(self.target, self.outputs)
-
-    def take(self, values: Array, start: Any, count: int) -> Array:
-        """Values `[count, br, bc]` of the slots from `start` on."""
-        if self.slot is None:
-            return lax.dynamic_slice_in_dim(values, start, count)
-        return values[lax.dynamic_slice_in_dim(self.slot, start, count)]
-
-
-def _batched(x: Array, values: Array, lists: _Lists, precision: Any, dtype: Any) -> Array:
+def _batched(x: Array, values: Array, lists: Lists, precision: Any, dtype: Any) -> Array:
     """All partial products at once, then their sum per output block."""
     n = x.shape[0]
     if lists.slot is not None:
@@ -90,7 +66,7 @@ def _batched(x: Array, values: Array, lists: _Lists, precision: Any, dtype: Any)
     return y.swapaxes(0, 1).reshape(n, lists.outputs * lists.width_out)
 
 
-def _by_column(x: Array, values: Array, lists: _Lists, precision: Any, dtype: Any) -> Array:
+def _by_column(x: Array, values: Array, lists: Lists, precision: Any, dtype: Any) -> Array:
     """Output block by output block, a few stored blocks per product."""
     n, e = x.shape[0], values.shape[0]
     blocks = x.T.reshape(lists.inputs, lists.width_in, n)
@@ -128,11 +104,11 @@ def sddmm(
     """The stored blocks of `x^T y`."""
     reads = p.capacity * sum(p.block) / max(1, sum(p.shape))
     form = _by_slot if min(p.block) >= WIDE and reads <= FEW_READS else _stored_by_column
-    return form(x, y, _Lists(p, False), p.capacity, precision, accumulator(x, y), out_dtype)
+    return form(x, y, Lists(p, False), p.capacity, precision, accumulator(x, y), out_dtype)
 
 
 def _by_slot(
-    x: Array, y: Array, lists: _Lists, e: int, precision: Any, dtype: Any, out_dtype: Any
+    x: Array, y: Array, lists: Lists, e: int, precision: Any, dtype: Any, out_dtype: Any
 ) -> Array:
     """Stored block by stored block, straight from the tokens: no transposition."""
 
@@ -149,7 +125,7 @@ def _by_slot(
 
 
 def _stored_by_column(
-    x: Array, y: Array, lists: _Lists, e: int, precision: Any, dtype: Any, out_dtype: Any
+    x: Array, y: Array, lists: Lists, e: int, precision: Any, dtype: Any, out_dtype: Any
 ) -> Array:
     """Block-column by block-column, a few stored blocks per product."""
     n = x.shape[0]
@@ -176,7 +152,7 @@ def _stored_by_column(
     return lax.fori_loop(0, lists.outputs, column, out) if e else out
 
 
-def _piece(lists: _Lists, e: int) -> int:
+def _piece(lists: Lists, e: int) -> int:
     """Stored blocks per product: a power of two, near the features that one product wants."""
     most = max(1, min(INNER // lists.width_in, e // max(1, lists.outputs)))
     return 1 << (most.bit_length() - 1)

@@ -11,6 +11,7 @@ from tests.helpers import assert_raises
 
 P, _ = BlockPattern.from_coords([0, 2, 1], [0, 1, 3], grid=(3, 4), block=(8, 16))
 X, Y = jnp.ones((5, 24)), jnp.ones((5, 64))
+HALF_X, HALF_Y = X.astype(jnp.float16), Y.astype(jnp.float16)
 VALUES = jnp.ones((3, 8, 16))
 
 
@@ -27,6 +28,7 @@ CAST = (
     "Coordinates are indices: leave them out when a model is cast or averaged (with nnx, update "
     "only nnx.Param; else cast only floating-point leaves)."
 )
+TAKE_AUTO = 'Use implementation="auto", which takes the fastest that can.'
 NAMES = '"auto", "xla", "mosaic", "dense", "reference"'
 ACTIVATIONS = 'a function or one of "relu", "gelu", "silu", "tanh", "sigmoid"'
 
@@ -234,8 +236,22 @@ WRONG = {
     "mosaic": (
         lambda: bsjax.matmul(X, VALUES, P, implementation="mosaic"),
         ValueError,
-        'matmul: implementation="mosaic" cannot run here: this release has no Mosaic GPU kernel '
-        'for matmul yet. Use implementation="auto", which takes the fastest that can.',
+        'matmul: implementation="mosaic" cannot run here: there is no kernel for float32 (the '
+        "tensor cores would round it to 11 bits): cast x and the values to bfloat16 or float16. "
+        f"{TAKE_AUTO}",
+    ),
+    "mosaic, one operand of many bits": (
+        lambda: bsjax.sddmm(X.astype(jnp.bfloat16), Y, P, implementation="mosaic"),
+        ValueError,
+        'sddmm: implementation="mosaic" cannot run here: there is no kernel for float32 (the '
+        "tensor cores would round it to 11 bits): cast x and the values to bfloat16 or float16. "
+        f"{TAKE_AUTO}",
+    ),
+    "mosaic, narrow blocks": (
+        lambda: bsjax.sddmm(HALF_X, HALF_Y, P, implementation="mosaic"),
+        ValueError,
+        'sddmm: implementation="mosaic" cannot run here: blocks of 8 x 16: each side must be one '
+        f"of 16, 32, 64, 128, 256. {TAKE_AUTO}",
     ),
     "triton": (
         lambda: bsjax.sddmm(X, Y, P, implementation="triton"),
