@@ -1,5 +1,6 @@
-"""The examples of the README and of docs/products.md run as they stand, as a reader would."""
+"""What the README and docs/products.md show runs, leads somewhere and was measured."""
 
+import json
 import re
 from pathlib import Path
 
@@ -26,3 +27,18 @@ def test_the_examples_run(name):
 def test_the_links_lead_somewhere(path):
     for link in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
         assert (path.parent / link).exists(), link
+
+
+def test_the_times_are_those_of_the_records():
+    """The table of the README and the JSON lines that it was made from."""
+    times = {}
+    for text in (ROOT / "benchmarks" / "results" / "cpu-matmul.jsonl").read_text().splitlines():
+        one = json.loads(text)
+        case = one["shape"], one["tokens"], one["pattern"], one["implementation"]
+        if case == ([2048, 2048], 2048, "random", "auto"):
+            where = one["block"][0], one["density_asked"]
+            times.setdefault(where, {})[one["product"]] = f"{one['ratio']:.2f}"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for block in (16, 32, 64, 128):
+        cells = [" / ".join(times[block, density].values()) for density in (0.05, 0.1, 0.25, 0.5)]
+        assert f"| {block} | {' | '.join(cells)} |" in readme
