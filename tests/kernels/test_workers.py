@@ -12,9 +12,7 @@ from pallas_kernels._workers import WHOLE
 LENGTHS = st.lists(st.integers(0, 7), min_size=4, max_size=4)  # shapes compile, so they are few
 
 
-@hypothesis.given(
-    LENGTHS, st.sampled_from([1, 2, 5]), st.sampled_from([1, 3, 14]), st.booleans()
-)
+@hypothesis.given(LENGTHS, st.sampled_from([1, 2, 5]), st.sampled_from([1, 3, 14]), st.booleans())
 def test_all_steps_of_all_tiles(lengths, tiles, workers, split):
     steps = np.array(lengths) + 1  # one more, to write
     starts = np.concatenate([[0], np.cumsum(steps * tiles)]).astype(np.int32)

@@ -1,0 +1,148 @@
+"""Kernels, and programs that use them, compile to machine code for an H200, without one.
+
+Every kernel must use the tensor cores and TMA, spill nothing and fit in shared memory.
+"""
+
+import contextlib
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+import bsjax
+from bsjax.ops import _mosaic
+from tests.kernels import h200
+
+pytestmark = pytest.mark.h200
+bf16, f16, f32 = jnp.bfloat16, jnp.float16, jnp.float32
+
+
+@pytest.fixture(scope="module", autouse=True)
+def toolchain():
+    """`make test` asks for it, with what it takes installed: there a skip would hide a defect."""
+    try:
+        h200.mesh()
+    except Exception as error:
+        why = f"JAX cannot compile for an H200 here ({type(error).__name__}: {error})"
+        if "JAX_SKIP_CUDA_CONSTRAINTS_CHECK" in os.environ:
+            pytest.fail(why)
+        pytest.skip(f"{why}; `make test` does, in an environment of its own")
+
+
+@pytest.fixture(autouse=True)
+def compile_everything():
+    jax.clear_caches()  # what was compiled before is not dumped again
+
+
+def checked(program, kernels):
+    """Forward, dx and dvalues are kernels (one that was compiled before is not reported again)."""
+    assert program.as_text().count('custom_call_target="mosaic_gpu') >= 3
+    assert any(kernel.wgmma for kernel in kernels)
+    assert max(h200.shared_memory(), default=0) <= 232_448
+    for kernel in kernels:
+        assert kernel.spilled == 0, kernel
+        assert not kernel.serialized, kernel
+        assert kernel.tma, kernel
+
+
+def training_step(p):
+    """Tokens, values and a cotangent; what a layer computes forward and backward."""
+
+    def step(x, values, dy):
+        y, pull = jax.vjp(lambda x, v: bsjax.matmul(x, v, p, implementation="mosaic"), x, values)
+        return y, *pull(dy)
+
+    return step
+
+
+SIDES = [16, 32, 64, 128]
+OTHERS = [(64, 256), (256, 64), (128, 256), (32, 64), (64, 32), (16, 128), (128, 16)]
+
+
+@pytest.mark.parametrize(
+    ("block", "n", "dtype"),
+    [
+        *(pytest.param(side, 8192, bf16, id=f"{side}") for side in SIDES),
+        pytest.param(64, 8192, f16, id="64 f16"),
+        pytest.param(32, 64, bf16, id="32 few tokens"),
+        pytest.param((64, 256), 8192, bf16, id="64x256"),
+        *(
+            pytest.param(
+                block, n, dtype, id=f"{block} {n} {dtype.__name__}", marks=pytest.mark.slow
+            )
+            for block in (*SIDES, *OTHERS)
+            for n in (64, 100, 8192)
+            for dtype in (bf16, f16)
+        ),
+    ],
+)
+def test_matmul_and_its_derivatives(block, n, dtype):
+    """At the sizes of the benchmark: 8192 x 8192 at a density of a tenth."""
+    place, block = h200.mesh(), (block, block) if isinstance(block, int) else block
+    grid = tuple(8192 // side for side in block)
+    e = grid[0] * grid[1] // 10
+
+    def step(x, values, dy, row, col):
+        return training_step(bsjax.BlockPattern(row, col, grid, block))(x, values, dy)
+
+    shapes = [((n, 8192), dtype), ((e, *block), dtype), ((n, 8192), dtype)]
+    shapes += [((e,), jnp.int32)] * 2
+    program, kernels = h200.compiled(step, *(h200.argument(place, *s) for s in shapes))
+    checked(program, kernels)
+    copies = re.findall(rf"= \w+\[{n},8192\]\S* copy\(", program.as_text())
+    assert copies == []  # tiles that were cut are joined in place
+
+
+@pytest.fixture(scope="module")
+def pattern():
+    mask = np.random.default_rng(0).random((32, 32)) < 0.1
+    return bsjax.BlockPattern.from_mask(mask, 64)
+
+
+@pytest.mark.parametrize("how", ["automatic axes", "explicit axes", "shard_map"])
+def test_tokens_stay_on_their_devices(how, pattern, monkeypatch):
+    monkeypatch.setattr(_mosaic, "several_gpus", lambda: True)
+    axes = AxisType.Explicit if how == "explicit axes" else AxisType.Auto
+    mesh = h200.mesh(8, axes)
+    x = h200.argument(mesh, (4096, 2048), bf16, "d")
+    values = h200.argument(mesh, (pattern.capacity, 64, 64), bf16)
+    step = training_step(pattern)
+    if how == "shard_map":
+        P = PartitionSpec
+        step = jax.shard_map(
+            step, mesh=mesh, in_specs=(P("d"), P(), P("d")), out_specs=(P("d"), P("d"), P())
+        )
+    with jax.set_mesh(mesh) if how == "explicit axes" else contextlib.nullcontext():
+        program, kernels = h200.compiled(step, x, values, x)
+    checked(program, kernels)
+    text = program.as_text()
+    assert "all-gather" not in text
+    assert "all-reduce" in text  # of dvalues
+
+
+def test_loops_and_rematerialisation(pattern):
+    place = h200.mesh()
+
+    def loss(values, x):
+        @jax.checkpoint
+        def layer(x, values):
+            return jnp.tanh(bsjax.matmul(x, values, pattern, implementation="mosaic")), None
+
+        return jnp.sum(jax.lax.scan(layer, x, values)[0].astype(f32))
+
+    stack = h200.argument(place, (3, pattern.capacity, 64, 64), bf16)
+    x = h200.argument(place, (4096, 2048), bf16)
+    program, kernels = h200.compiled(jax.grad(loss), stack, x)
+    checked(program, kernels)
+
+
+def test_vmap(pattern):
+    place = h200.mesh()
+    x = h200.argument(place, (2, 1024, 2048), bf16)
+    values = h200.argument(place, (2, pattern.capacity, 64, 64), bf16)
+    program, kernels = h200.compiled(jax.vmap(training_step(pattern)), x, values, x)
+    checked(program, kernels)
