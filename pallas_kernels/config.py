@@ -1,6 +1,12 @@
 """How a kernel is launched, and what runs at all: pure functions of sizes, without a GPU."""
 
 import dataclasses
+import functools
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 SIDES = (16, 32, 64, 128, 256)
 BLOCK = 128 * 256  # numbers in the largest block
@@ -10,6 +16,11 @@ ACCUMULATOR = 128 * 128  # float32 numbers that the registers of a warpgroup hol
 SLICE = 64  # columns of an output tile that are staged at a time
 MULTIPROCESSORS = 132  # of an H100 and an H200
 MOST_STEPS = 2**31 - 1  # they are counted in int32
+STAGES = 8  # more did not gain in dense kernels
+# what was tuned stands for sizes near it
+TOKENS = (64, 256, 1024, 8192)
+DENSITIES = (0.03, 0.05, 0.1, 0.25, 0.5)
+TABLE = Path(__file__).with_name("tuned.json")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,6 +33,18 @@ class Config:
     stages: int = 4  # steps in flight
     workers: int = MULTIPROCESSORS  # programs on the grid
     split: bool = True  # may cut an output tile between workers, so that all end together
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Key:
+    """What a tuned configuration was measured for."""
+
+    device: str  # as JAX names its kind
+    operation: str  # "matmul", "matmul transposed" or "sddmm"
+    dtype: str
+    block: tuple[int, int]  # (features in, features out) of a product; stored blocks for "sddmm"
+    tokens: int  # of TOKENS
+    density: float  # of DENSITIES
 
 
 def why_not(dtype: str, block: tuple[int, int]) -> str | None:
@@ -40,31 +63,139 @@ def why_not(dtype: str, block: tuple[int, int]) -> str | None:
 
 
 def for_matmul(
-    n: int, block: tuple[int, int], out_bytes: int, workers: int = MULTIPROCESSORS
+    n: int,
+    block: tuple[int, int],
+    out_bytes: int,
+    workers: int = MULTIPROCESSORS,
+    *,
+    tuned: Key | None = None,
 ) -> Config:
-    """For `n` tokens and blocks (features in, features out)."""
+    """For `n` tokens and blocks (features in, features out): as `tuned`, if the table has it."""
     width_in, width_out = block
     tile, warpgroups = 2 * max(ROWS, min(128, ACCUMULATOR // width_out)), 2
-    if -(-n // tile) * tile > 1.25 * n:  # mostly padding
+    if _padding(n, tile) > 1.25:
         tile = 2 * ROWS
     if n <= ROWS:
         tile, warpgroups = ROWS, 1
     depth = min(64, width_in)
-    step = 2 * depth * (tile + width_out)
     config = Config(tile=tile, warpgroups=warpgroups, depth=depth, workers=workers)
-    return _staged(config, step, tile * min(SLICE, width_out) * out_bytes)
+    return _looked_up(tuned, n, block, out_bytes, workers) or staged(config, width_out, out_bytes)
 
 
-def for_sddmm(block: tuple[int, int], out_bytes: int, workers: int = MULTIPROCESSORS) -> Config:
-    """For stored blocks of that size."""
+def for_sddmm(
+    block: tuple[int, int],
+    out_bytes: int,
+    workers: int = MULTIPROCESSORS,
+    *,
+    n: int = TOKENS[-1],
+    tuned: Key | None = None,
+) -> Config:
+    """For stored blocks of that size and `n` tokens: as `tuned`, if the table has it."""
     height, width = block
     tile = max(height, 2 * max(ROWS, min(128, ACCUMULATOR // width)))
     config = Config(tile=tile, depth=64, workers=workers)
-    step = 2 * config.depth * (tile + width)
-    return _staged(config, step, tile * min(SLICE, width) * out_bytes)
+    return _looked_up(tuned, n, block, out_bytes, workers) or staged(config, width, out_bytes)
 
 
-def _staged(config: Config, step: int, out: int) -> Config:
-    """`config` with as many stages of `step` bytes as fit beside `out` bytes: latency is hidden by
-    what is in flight, and more than eight did not gain in dense kernels."""
-    return dataclasses.replace(config, stages=min(8, (SHARED_MEMORY - out) // step))
+def staged(config: Config, width: int, out_bytes: int) -> Config:
+    """`config` with as many stages as fit beside the staged output: latency is hidden by what is
+    in flight."""
+    step = 2 * config.depth * (config.tile + width)
+    out = config.tile * min(SLICE, width) * out_bytes
+    return dataclasses.replace(config, stages=min(STAGES, (SHARED_MEMORY - out) // step))
+
+
+def misfit(operation: str, config: Config, block: tuple[int, int], out_bytes: int) -> str | None:
+    """Why a kernel cannot be launched so, or None."""
+    rows, more = divmod(config.tile, config.warpgroups)
+    if more or rows % ROWS:
+        return f"{config.warpgroups} warpgroups cannot share {config.tile} rows by {ROWS}"
+    if rows * block[1] > ACCUMULATOR:
+        return f"{rows} x {block[1]} sums do not fit in the registers of a warpgroup"
+    if operation == "sddmm" and config.tile % block[0]:
+        return f"{config.tile} rows are no whole blocks of {block[0]}"
+    if operation != "sddmm" and block[0] % config.depth:
+        return f"steps of {config.depth} features do not divide blocks of {block[0]}"
+    most = staged(config, block[1], out_bytes).stages
+    if not 2 <= config.stages <= most:
+        return f"{config.stages} stages: shared memory holds 2 to {most}"
+    return None
+
+
+def candidates(
+    operation: str, n: int, block: tuple[int, int], out_bytes: int, workers: int = MULTIPROCESSORS
+) -> Iterator[Config]:
+    """Configurations worth timing: the heuristic's first, then those one step away from it and
+    each other."""
+    heuristic = (
+        for_sddmm(block, out_bytes, workers)
+        if operation == "sddmm"
+        else for_matmul(n, block, out_bytes, workers)
+    )
+    # 40 registers of a thread for loads and 232 for products leave no room for a third warpgroup
+    shapes = [(2, 64), (2, 128), (1, 128), (1, 64), (2, 256), (1, 256)]
+    tiles = [
+        dataclasses.replace(heuristic, warpgroups=groups, tile=groups * rows)
+        for groups, rows in shapes
+    ]
+    depths = [dataclasses.replace(heuristic, depth=depth) for depth in (128, 32)]
+    tiles, depths = ([staged(one, block[1], out_bytes) for one in ones] for ones in (tiles, depths))
+    fewer = [
+        dataclasses.replace(heuristic, stages=stages)
+        for stages in (2, 3, 4, 6)
+        if stages < heuristic.stages
+    ]
+    whole = [dataclasses.replace(one, split=False) for one in (heuristic, *tiles[:2])]
+    least = min(_padding(n, one.tile) for one in (heuristic, *tiles))
+    for one in dict.fromkeys((heuristic, *tiles, *depths, *fewer, *whole)):
+        wasteful = operation != "sddmm" and _padding(n, one.tile) > max(1.25, least)
+        if not wasteful and misfit(operation, one, block, out_bytes) is None:
+            yield one
+
+
+def key(
+    device: str, operation: str, dtype: str, block: tuple[int, int], n: int, density: float
+) -> Key:
+    """Where the configuration of a product of that size stands in the table."""
+    tokens = next((size for size in TOKENS if n <= size), TOKENS[-1])
+    near = min(DENSITIES, key=lambda one: abs(math.log(one / max(density, 1e-9))))
+    return Key(
+        device=device, operation=operation, dtype=dtype, block=block, tokens=tokens, density=near
+    )
+
+
+def read(lines: Iterable[Mapping[str, Any]]) -> dict[Key, Config]:
+    """The table: each line holds the fields of its `Key`, and those of a `Config` in "config".
+    A line with other fields was written for other kernels, and is left out."""
+    keys, fields = ({field.name for field in dataclasses.fields(kind)} for kind in (Key, Config))
+    return {
+        Key(**{name: line[name] for name in keys - {"block"}}, block=tuple(line["block"])): Config(
+            **line["config"]
+        )
+        for line in lines
+        if keys <= set(line) and set(line["config"]) <= fields
+    }
+
+
+@functools.cache
+def table() -> dict[Key, Config]:
+    """What ships: `python -m pallas_kernels.tune` writes it."""
+    return read(json.loads(TABLE.read_text(encoding="utf-8")))
+
+
+def _looked_up(
+    tuned: Key | None, n: int, block: tuple[int, int], out_bytes: int, workers: int
+) -> Config | None:
+    found = tuned and table().get(tuned)
+    if not tuned or not found:
+        return None
+    found = dataclasses.replace(found, workers=workers)
+    most = staged(found, block[1], out_bytes).stages  # another output may leave less room
+    found = dataclasses.replace(found, stages=min(found.stages, most))
+    wasteful = tuned.operation != "sddmm" and n > ROWS and _padding(n, found.tile) > 1.25
+    return None if wasteful or misfit(tuned.operation, found, block, out_bytes) else found
+
+
+def _padding(n: int, tile: int) -> float:
+    """Rows of whole tiles over `n`."""
+    return -(-n // tile) * tile / max(1, n)
