@@ -8,8 +8,6 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.config import SLICE
-
 LOADING, MULTIPLYING = 40, 232  # registers of a thread
 
 
@@ -104,12 +102,6 @@ def swizzled(shape: tuple[int, ...], columns: int, dtype: Any) -> Any:
     tiling = plgpu.TilingTransform((8, swizzle // size))  # pyright: ignore[reportAbstractUsage]
     transforms = (tiling, plgpu.SwizzleTransform(swizzle))  # pyright: ignore[reportAbstractUsage]
     return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
-def staging(rows: int, width: int, dtype: Any) -> Any:
-    """Shared memory for a slice of an output tile."""
-    columns = min(SLICE, width)
-    return swizzled((rows, columns), columns, dtype)
 
 
 def store(sums: Array, staging: Any, copy: Callable[[Any, Any], None]) -> None:

@@ -15,7 +15,6 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import _ring
 from pallas_kernels.config import ROWS, Config
 
 WHOLE = 2**31 - 1
@@ -115,23 +114,25 @@ def keep(sums: Array, at: Piece, worker: Array, pieces: Any, rows: Any, config: 
 
 
 def join(
-    y: Array,
+    outs: tuple[Array, ...],
     pieces: Array,
     shares: Shares,
     config: Config,
     write: Callable[..., None],
+    scratch: tuple[Any, ...],
     *tables: Array,
-) -> Array:
-    """`y` with the tiles that were cut, each the sum of its pieces in the order of workers.
+) -> tuple[Array, ...]:
+    """`outs` with the tiles that were cut, each the sum of its pieces in the order of workers.
 
-    `write(tile, row, sums, staging, y, *tables)` starts writing rows of a tile, from `row` on.
+    `write(tile, row, sums, outs, tables, *scratch)` starts writing `ROWS` rows of a tile.
     """
     if not config.split:
-        return y
-    _, rows, width = pieces.shape
+        return outs
+    _, rows, _ = pieces.shape
 
-    def kernel(y, pieces, joins, *tables_and_staging):
-        *tables, staging = tables_and_staging
+    def kernel(*refs):
+        outs, (pieces, joins), rest = refs[:many], refs[many : many + 2], refs[many + 2 :]
+        tables, scratch = rest[: len(rest) - room], rest[len(rest) - room :]
         worker, part = lax.axis_index("worker"), lax.axis_index("part")
 
         def load(piece):
@@ -146,14 +147,15 @@ def join(
                 lambda i, sums: sums + load(2 * (worker + i)),
                 load(2 * worker + 1),
             )
-            write(joins[worker, 0], part * ROWS, sums, staging, y, *tables)
+            write(joins[worker, 0], part * ROWS, sums, outs, tables, *scratch)
             plgpu.wait_smem_to_gmem(0)
 
-    ref = jax.new_ref(y)  # written in place
+    many, room = len(outs), len(scratch)
+    refs = tuple(jax.new_ref(out) for out in outs)  # written in place
     plgpu.kernel(
         kernel,
         grid=(config.workers, rows // ROWS),
         grid_names=("worker", "part"),
-        scratch_types=(_ring.staging(ROWS, width, y.dtype),),
-    )(ref, pieces, shares.joins, *tables)
-    return ref[...]
+        scratch_types=scratch,
+    )(*refs, pieces, shares.joins, *tables)
+    return tuple(ref[...] for ref in refs)

@@ -14,7 +14,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _ring, _workers
-from pallas_kernels.config import SLICE, Config
+from pallas_kernels.config import ROWS, SLICE, Config
+from pallas_kernels.epilogue import Epilogue
+
+NONE = Epilogue()
 
 
 def matmul(
@@ -24,11 +27,12 @@ def matmul(
     slot: Array | None,
     ptr: Array,
     config: Config,
-    *,
+    *operands: Array,
+    epilogue: Epilogue = NONE,
     out_dtype: Any,
-) -> Array:
+) -> tuple[Array, ...]:
     """`y[n, o]`: output block j is the sum of `x[:, source[i]] @ values[i]` over i in
-    `ptr[j]..ptr[j + 1]`.
+    `ptr[j]..ptr[j + 1]`, after the `epilogue` with its `operands`; and what that keeps.
 
     With `slot`, the stored block of `i` is the transpose of `values[slot[i]]`. `n` must be a
     multiple of `config.tile`, and there must be tokens, output blocks and at least one slot.
@@ -40,9 +44,15 @@ def matmul(
     steps = ptr * parts + jnp.arange(blocks + 1, dtype=ptr.dtype)  # one more for each, to write
     shares = _workers.shares(steps * tiles, tiles, config.workers, split=config.split)
     run = plgpu.kernel(
-        functools.partial(_matmul, config=config, width_in=width_in, transpose=slot is not None),
+        functools.partial(
+            _matmul,
+            config=config,
+            epilogue=epilogue,
+            width_in=width_in,
+            transpose=slot is not None,
+        ),
         out_type=(
-            jax.ShapeDtypeStruct((n, blocks * width_out), out_dtype),
+            *[jax.ShapeDtypeStruct((n, blocks * width_out), out_dtype)] * epilogue.outs,
             _workers.pieces(config, (config.tile, width_out)),
         ),
         grid=(config.workers,),
@@ -50,12 +60,17 @@ def matmul(
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
     )
-    y, pieces = run(x, values, source, source if slot is None else slot, ptr, shares.spans)
+    *outs, pieces = run(
+        x, values, source, source if slot is None else slot, ptr, shares.spans, *operands
+    )
 
-    def write(tile, row, sums, staging, y):
-        _write(sums, staging, y, lax.rem(tile, tiles) * config.tile + row, lax.div(tile, tiles))
+    def write(tile, row, sums, outs, operands, staging, barriers):
+        start = lax.rem(tile, tiles) * config.tile + row
+        column = lax.div(tile, tiles) * width_out
+        epilogue.write(sums, start, column, outs, operands, staging, barriers.at[0])
 
-    return _workers.join(y, pieces, shares, config, write)
+    scratch = epilogue.scratch(ROWS, width_out, out_dtype, 1)
+    return _workers.join(tuple(outs), pieces, shares, config, write, scratch, *operands)
 
 
 def _matmul(
@@ -65,13 +80,15 @@ def _matmul(
     slot,
     ptr,
     spans,
-    y,
-    pieces,
-    *,
+    *rest,
     config: Config,
+    epilogue: Epilogue,
     width_in: int,
     transpose: bool,
 ):
+    *rest, pieces = rest
+    operands = rest[: epilogue.bias + epilogue.residual]
+    outs = rest[epilogue.bias + epilogue.residual :]
     _, tile, width_out = pieces.shape
     depth, tiles, rows = config.depth, x.shape[0] // tile, tile // config.warpgroups
     parts = width_in // depth
@@ -106,7 +123,7 @@ def _matmul(
 
         ring.drain(walk(piece))
 
-    def multiply(x_tiles, v_tiles, ring, staging):
+    def multiply(x_tiles, v_tiles, ring, staging, barriers):
         warpgroup = lax.axis_index("warpgroup")
         mine = pl.ds(warpgroup * rows, rows)
 
@@ -123,7 +140,9 @@ def _matmul(
             @pl.when(at.whole)
             def _():
                 row = lax.rem(at.tile, tiles) * tile + warpgroup * rows
-                _write(sums, staging.at[mine], y, row, lax.div(at.tile, tiles))
+                column = lax.div(at.tile, tiles) * width_out
+                own = (staging.at[mine], barriers.at[warpgroup])
+                epilogue.write(sums, row, column, tuple(outs), tuple(operands), *own)
 
             _workers.keep(sums, at, worker, pieces, mine, config)
             return turn + count
@@ -134,25 +153,14 @@ def _matmul(
     block = (width_out, depth) if transpose else (depth, width_out)
     swizzle = min(depth, width_out, SLICE)  # both operands want the same
     pl.run_scoped(
-        lambda x_tiles, v_tiles, ring, staging: _ring.roles(
+        lambda x_tiles, v_tiles, ring, scratch: _ring.roles(
             config.warpgroups,
             lambda: load(x_tiles, v_tiles, ring),
-            lambda: multiply(x_tiles, v_tiles, ring, staging),
+            lambda: multiply(x_tiles, v_tiles, ring, *scratch),
         ),
         _ring.swizzled((config.stages, tile, depth), swizzle, x.dtype),
         _ring.swizzled((config.stages, *block), swizzle, x.dtype),
         _ring.ring(config.stages, config.warpgroups, copies=2),
-        _ring.staging(tile, width_out, y.dtype),
+        epilogue.scratch(tile, width_out, outs[0].dtype, config.warpgroups),
         collective_axes="warpgroup",
     )
-
-
-def _write(sums, staging, y, row, block) -> None:
-    """Writes the rows from `row` on of an output block."""
-    rows, width = sums.shape
-
-    def copy(staging, columns):
-        where = pl.ds(block * width + columns.start, columns.size)
-        plgpu.copy_smem_to_gmem(staging, y.at[pl.ds(row, rows), where])
-
-    _ring.store(sums, staging, copy)

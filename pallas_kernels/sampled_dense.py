@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _ring, _workers
-from pallas_kernels.config import ROWS, Config
+from pallas_kernels.config import ROWS, SLICE, Config
 
 
 def sddmm(
@@ -58,10 +58,12 @@ def sddmm(
     )
     v, pieces = run(x, y, row, groups, shares.spans)
 
-    def write(group, first_row, sums, staging, v, groups):
-        _write(sums, staging, v, first_row, groups, group)
+    def write(group, first_row, sums, outs, tables, staging):
+        _write(sums, staging, outs[0], first_row, tables[0], group)
 
-    return _workers.join(v, pieces, shares, config, write, groups)
+    scratch = (_staging(ROWS, width, out_dtype),)
+    (v,) = _workers.join((v,), pieces, shares, config, write, scratch, groups)
+    return v
 
 
 def _groups(ptr: Array, most: int, room: int) -> tuple[Array, Array]:
@@ -163,9 +165,14 @@ def _sddmm(x, y, row, groups, spans, v, pieces, *, config: Config, block: tuple[
         _ring.swizzled((config.stages, *x_tile), swizzle, x.dtype),
         _ring.swizzled((config.stages, depth, width), swizzle, x.dtype),
         _ring.ring(config.stages, config.warpgroups, copies=most * copies + 1),
-        _ring.staging(config.tile, width, v.dtype),
+        _staging(config.tile, width, v.dtype),
         collective_axes="warpgroup",
     )
+
+
+def _staging(rows: int, width: int, dtype: Any) -> Any:
+    columns = min(SLICE, width)
+    return _ring.swizzled((rows, columns), columns, dtype)
 
 
 def _write(sums, staging, v, first_row, groups, group) -> None:

@@ -35,7 +35,7 @@ class Spec:
 
 def matmul(spec: Spec, transpose: bool, x: Array, values: Array, p: BlockPattern) -> Array:
     """`x[..., k] @ S` or `x[..., m] @ S^T`, in `spec.out_dtype`."""
-    x, values, p = _same_axes(x, values, p)
+    x, values, p = same_axes(x, values, p)
     # the reference is differentiated by plain autodiff: that is what makes it the law
     product = _run_matmul if spec.name == "reference" else _matmul
     return product(spec, transpose, x, values, p)
@@ -43,7 +43,7 @@ def matmul(spec: Spec, transpose: bool, x: Array, values: Array, p: BlockPattern
 
 def sddmm(spec: Spec, x: Array, y: Array, p: BlockPattern) -> Array:
     """The stored blocks of `x[..., k]^T y[..., m]`, in `spec.out_dtype`."""
-    x, y, p = _same_axes(x, y, p)
+    x, y, p = same_axes(x, y, p)
     product = _run_sddmm if spec.name == "reference" else _sddmm
     return product(spec, x, y, p)
 
@@ -127,9 +127,9 @@ def _matmul_fwd(spec, transpose, x, values, p):
 def _matmul_bwd(spec, transpose, residuals, dy):
     x, values, p = residuals
     dy = jnp.asarray(dy)  # a cotangent may be a NumPy array
-    dx = _matmul(_to(spec, x), not transpose, dy, values, p)
+    dx = _matmul(to(spec, x), not transpose, dy, values, p)
     pair = (dy, x) if transpose else (x, dy)
-    dvalues = _sddmm(_to(spec, values), *pair, p)
+    dvalues = _sddmm(to(spec, values), *pair, p)
     return dx, dvalues, None
 
 
@@ -145,8 +145,8 @@ def _sddmm_fwd(spec, x, y, p):
 def _sddmm_bwd(spec, residuals, dv):
     x, y, p = residuals
     dv = jnp.asarray(dv)
-    dx = _matmul(_to(spec, x), True, y, dv, p)
-    dy = _matmul(_to(spec, y), False, x, dv, p)
+    dx = _matmul(to(spec, x), True, y, dv, p)
+    dy = _matmul(to(spec, y), False, x, dv, p)
     return dx, dy, None
 
 
@@ -159,12 +159,12 @@ def _one_dtype(a: Array, b: Array) -> tuple[Array, Array]:
     return a.astype(dtype), b.astype(dtype)
 
 
-def _to(spec: Spec, like: Array) -> Spec:
+def to(spec: Spec, like: Array) -> Spec:
     """A derivative has the dtype of what it is the derivative of, rounded once."""
     return dataclasses.replace(spec, out_dtype=like.dtype)
 
 
-def _same_axes(*trees: Any) -> Any:
+def same_axes(*trees: Any) -> Any:
     """Cast all arguments to vary over the union of their mesh axes (shard_map with its checks).
 
     A cotangent varies over all of them, so an argument that did not would be refused by

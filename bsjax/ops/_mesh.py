@@ -27,25 +27,25 @@ def vary(array: Array, axes: frozenset[str]) -> Array:
     return lax.pcast(array, missing, to="varying") if missing else array
 
 
-def per_token(run: Callable[..., Array], x: Array, weights: Any) -> Array:
-    """`run(x[n, k], weights) -> y[n, m]` with all leading axes of `x` as `n`, on every device's own
-    tokens."""
+def per_token(run: Callable[..., Any], x: Array, weights: Any, *others: Array) -> Any:
+    """`run(x[n, k], weights, *others) -> y[n, m]` (or several) with all leading axes of `x` and of
+    the others as `n`, on every device's own tokens."""
     lead, axes = _token_axes(x)
     _require_whole(weights)
 
-    def local(x: Array, weights: Any) -> Array:
-        y = run(_flat(x), weights)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+    def local(x: Array, weights: Any, *others: Array) -> Any:
+        ys = run(_flat(x), weights, *map(_flat, others))
+        return jax.tree.map(lambda y: y.reshape(*x.shape[:-1], y.shape[-1]), ys)
 
     if not axes:
-        return local(x, weights)
+        return local(x, weights, *others)
     return jax.shard_map(
         local,
         mesh=jax.typeof(x).sharding.mesh,
-        in_specs=(lead, PartitionSpec()),
+        in_specs=(lead, PartitionSpec(), *[lead] * len(others)),
         out_specs=lead,
         axis_names=axes,
-    )(x, weights)
+    )(x, weights, *(jax.sharding.reshard(a, lead) for a in others))
 
 
 def over_tokens(run: Callable[..., Array], x: Array, y: Array, weights: Any = ()) -> Array:
@@ -66,26 +66,28 @@ def over_tokens(run: Callable[..., Array], x: Array, y: Array, weights: Any = ()
 
 
 def on_each_device(
-    run: Callable[..., Array], per_token: tuple[Array, ...], weights: tuple[Array, ...], rule: str
-) -> Array:
+    run: Callable[..., Any], per_token: tuple[Array, ...], weights: tuple[Array, ...], rule: str
+) -> Any:
     """`run(*per_token, *weights)`, a kernel, on every device's own tokens under automatic axes.
 
     XLA cannot look into a kernel: left to itself it gathers all tokens on every device. `rule`
     names the axes of all operands and of the result, as in an einsum; tokens are `n`. A result
     without them is a sum over devices. Under `vmap` tokens are not kept apart.
     """
-    summed = "n" not in rule.split("->")[1].split()
+    results = rule.split("->")[1].split(",")
+    summed = "n" not in results[0].split()
 
     def partition(mesh: Any, operands: Any, result: Any) -> Any:
         first = [a.sharding.spec[0] for a in operands[: len(per_token)] if a.sharding.spec]
         axes = next((axis for axis in first if axis is not None), None)
         own, whole = (NamedSharding(mesh, PartitionSpec(a)) for a in (axes, None))
 
-        def local(*args: Array) -> Array:
+        def local(*args: Array) -> Any:
             return lax.psum(run(*args), axes) if summed and axes else run(*args)
 
         sharded = (own,) * len(per_token) + (whole,) * len(weights)
-        return mesh, local, whole if summed else own, sharded
+        out = whole if summed else own
+        return mesh, local, out if len(results) == 1 else (out,) * len(results), sharded
 
     whole = custom_partitioning(lambda *args: run(*args))
     whole.def_partition(partition, sharding_rule=rule)
@@ -94,7 +96,8 @@ def on_each_device(
     @call.def_vmap
     def _(size: int, batched: Any, *args: Array) -> Any:
         axes = [0 if one else None for one in batched]
-        return jax.vmap(run, axes, axis_size=size)(*args), True
+        outs = jax.vmap(run, axes, axis_size=size)(*args)
+        return outs, jax.tree.map(lambda _: True, outs)
 
     return call(*per_token, *weights)
 

@@ -34,7 +34,7 @@ def why_not(problem: "Problem") -> str | None:
     return None
 
 
-def _no_hopper(device: jax.Device) -> str | None:
+def _no_hopper(device: Any) -> str | None:
     capability = getattr(device, "compute_capability", "unknown")
     if str(capability).startswith("9."):
         return None
@@ -70,23 +70,75 @@ def matmul(
     out_dtype: Any,
 ) -> Float[Array, "n o"]:
     """`x @ S`, or `x @ S^T` from the same values."""
-    from pallas_kernels import block_sparse
-
     lists = Lists(p, transpose)
     if not x.shape[0] * p.capacity * lists.outputs:
         return jnp.zeros((x.shape[0], lists.outputs * lists.width_out), out_dtype)
-    sizes = (lists.width_in, lists.width_out)
+    return _matmul((x,), values, (), lists, out_dtype, {})[0]
 
-    def run(x: Array, values: Array, ptr: Array, source: Array, slot: Array | None = None) -> Array:
-        n, bytes_ = x.shape[0], jnp.dtype(out_dtype).itemsize
+
+def fused(
+    x: Float[Array, "n i"],
+    values: Float[Array, "e br bc"],
+    p: BlockPattern,
+    bias: Float[Array, " o"] | None,
+    residual: Float[Array, "n o"] | None,
+    *,
+    transpose: bool,
+    activation: str | None,
+    keep: bool,
+) -> tuple[Array, ...]:
+    """`activation(x @ S + bias) + residual`, and what the activation was applied to if `keep`."""
+    bias_row = () if bias is None else (bias.astype(jnp.float32)[None],)
+    tokens = (x,) if residual is None else (x, residual)
+    options = {
+        "activation": activation,
+        "bias": bias is not None,
+        "residual": residual is not None,
+        "keep": keep,
+    }
+    return _matmul(tokens, values, bias_row, Lists(p, transpose), x.dtype, options)
+
+
+def _matmul(
+    tokens: tuple[Array, ...],
+    values: Array,
+    bias: tuple[Array, ...],
+    lists: Lists,
+    out_dtype: Any,
+    options: dict[str, Any],
+) -> tuple[Array, ...]:
+    """The kernel, with the epilogue that `options` name, on x and perhaps a residual."""
+    from pallas_kernels import block_sparse
+    from pallas_kernels.epilogue import Epilogue
+
+    epilogue, sizes = Epilogue(**options), (lists.width_in, lists.width_out)
+    slots = () if lists.slot is None else (lists.slot,)
+
+    def run(*args: Array) -> tuple[Array, ...]:
+        n, bytes_ = args[0].shape[0], jnp.dtype(out_dtype).itemsize
         chosen = _unsplit(config.for_matmul(n, sizes, bytes_, multiprocessors()))
-        x, values, ptr, source, slot = _alike(_padded(x, chosen.tile), values, ptr, source, slot)
-        y = block_sparse.matmul(x, values, source, slot, ptr, chosen, out_dtype=out_dtype)
-        return _mesh.vary(y, _mesh.varying(x))[:n]
+        args = _alike(*(_padded(a, chosen.tile) for a in args[: len(tokens)]), *args[len(tokens) :])
+        (x, *residual), rest = args[: len(tokens)], args[len(tokens) :]
+        values, ptr, source, *rest = rest
+        slot = rest.pop(0) if slots else None
+        outs = block_sparse.matmul(
+            x,
+            values,
+            source,
+            slot,
+            ptr,
+            chosen,
+            *rest,
+            *residual,
+            epilogue=epilogue,
+            out_dtype=out_dtype,
+        )
+        return tuple(_mesh.vary(y, _mesh.varying(x))[:n] for y in outs)
 
-    weights = (values, lists.ptr, lists.source, *(() if lists.slot is None else (lists.slot,)))
-    rule = "n i, e a b, g, e" + ", e" * (lists.slot is not None) + " -> n o"
-    return _on_each_device(run, (x,), weights, rule)
+    weights = (values, lists.ptr, lists.source, *slots, *bias)
+    axes = ["n i", *["n o"] * (len(tokens) - 1), "e a b", "g", "e", *["e"] * len(slots)]
+    rule = ", ".join([*axes, *["h o"] * len(bias)])
+    return _on_each_device(run, tokens, weights, f"{rule} -> {', '.join(['n o'] * epilogue.outs)}")
 
 
 def sddmm(
@@ -129,8 +181,8 @@ def several_gpus() -> bool:
 
 
 def _on_each_device(
-    run: Callable[..., Array], per_token: tuple[Array, ...], weights: tuple[Array, ...], rule: str
-) -> Array:
+    run: Callable[..., Any], per_token: tuple[Array, ...], weights: tuple[Array, ...], rule: str
+) -> Any:
     if several_gpus():
         return _mesh.on_each_device(run, per_token, weights, rule)
     return run(*per_token, *weights)

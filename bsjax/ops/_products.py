@@ -1,26 +1,15 @@
 """The public products: what users call, with every argument checked before anything runs."""
 
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bsjax.ops import _core, _mesh, _reference
+from bsjax.ops import _core, _fused, _mesh, _reference
 from bsjax.ops import _validate as validate
+from bsjax.ops._activations import Activation, named
 from bsjax.ops._choose import Implementation, Problem, check
 from bsjax.pattern import BlockPattern
-
-type Activation = str | Callable[[Array], Array]
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "relu": jax.nn.relu,
-    "gelu": jax.nn.gelu,
-    "silu": jax.nn.silu,
-    "tanh": jnp.tanh,
-    "sigmoid": jax.nn.sigmoid,
-}
 
 
 def matmul(
@@ -59,6 +48,7 @@ def matmul(
     k, m = p.shape[::-1] if transpose else p.shape
     validate.last_axis(op, "x", x, k, p, "multiply the transpose of" if transpose else "multiply")
     out_shape = (*x.shape[:-1], m)
+    operands = (x, values)
     if gate is not None:
         gate = validate.array(op, "gate", gate)
         validate.shape(op, "gate", gate, (p.capacity,), "one number for each slot")
@@ -69,11 +59,15 @@ def matmul(
     if residual is not None:
         residual = validate.array(op, "residual", residual)
         validate.shape(op, "residual", residual, out_shape, "that of the output")
-    act = _activation(op, activation)
+    act = named(op, activation)
     # an epilogue works on the unrounded sums
     bare = bias is None and act is None and residual is None
     dtype = x.dtype if bare else _reference.accumulator(x, values)
-    spec = _spec(op, (x, values), p, precision, implementation, dtype)
+    spec = _spec(op, operands, p, precision, implementation, dtype)
+    if spec.name == "mosaic":  # gated values are rounded: the tensor cores take 16 bits
+        values = values.astype(operands[1].dtype)
+        if not bare and not callable(activation) and _one_kernel(x, p, residual):
+            return _fused.matmul(spec, transpose, activation, x, values, p, bias, residual)
     y = _core.matmul(spec, transpose, x, values, p)
     if bias is not None:
         y = _mesh.per_token(jnp.add, y, jnp.broadcast_to(bias.astype(y.dtype), (1, m)))
@@ -132,7 +126,7 @@ def glu(
     gate_values = validate.values(op, "gate_values", gate_values, p)
     up_values = validate.values(op, "up_values", up_values, p)
     validate.last_axis(op, "x", x, p.shape[0], p, "multiply")
-    act = _activation(op, activation)
+    act = named(op, activation)
     if act is None:
         raise ValueError(
             f"{op}: `activation` must not be None: a product of two linear maps has no gate."
@@ -183,15 +177,9 @@ def _spec(
     return _core.Spec(wanted, validate.precision(op, precision), dtype)
 
 
-def _activation(op: str, wanted: Activation | None) -> Callable[[Array], Array] | None:
-    if wanted is None or callable(wanted):
-        return wanted
-    if not isinstance(wanted, str) or wanted not in ACTIVATIONS:
-        names = ", ".join(f'"{name}"' for name in ACTIVATIONS)
-        raise ValueError(
-            f"{op}: `activation` must be a function or one of {names}, got {wanted!r}."
-        )
-    return ACTIVATIONS[wanted]
+def _one_kernel(x: Array, p: BlockPattern, residual: Array | None) -> bool:
+    """Whether the kernel can write y itself, at no pass over memory for the epilogue."""
+    return _mesh.tokens(x) * p.capacity > 0 and (residual is None or residual.dtype == x.dtype)
 
 
 def _gated(values: Array, gate: Array, p: BlockPattern) -> Array:

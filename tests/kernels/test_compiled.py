@@ -124,6 +124,42 @@ def test_tokens_stay_on_their_devices(how, pattern, monkeypatch):
     assert "all-reduce" in text  # of dvalues
 
 
+EPILOGUES = [
+    pytest.param("gelu", True, True, id="everything"),
+    pytest.param(None, True, False, id="bias"),
+    *(
+        pytest.param(name, True, False, id=name, marks=pytest.mark.slow)
+        for name in ("relu", "silu", "tanh", "sigmoid")
+    ),
+]
+
+
+@pytest.mark.parametrize(("activation", "bias", "residual"), EPILOGUES)
+@pytest.mark.parametrize(
+    "block",
+    [16, pytest.param(128, marks=pytest.mark.slow), pytest.param(64, marks=pytest.mark.slow)],
+)
+def test_epilogues(activation, bias, residual, block):
+    place, grid = h200.mesh(), (4096 // block, 4096 // block)
+    e = grid[0] * grid[1] // 10
+
+    def step(x, values, b, r, row, col):
+        p = bsjax.BlockPattern(row, col, grid, (block, block))
+
+        def f(x, values, b, r):
+            options = {"bias": b if bias else None, "residual": r if residual else None}
+            return bsjax.matmul(
+                x, values, p, activation=activation, implementation="mosaic", **options
+            )
+
+        y, pull = jax.vjp(f, x, values, b, r)
+        return y, *pull(y)
+
+    shapes = [((8192, 4096), bf16), ((e, block, block), bf16), ((4096,), bf16)]
+    shapes += [((8192, 4096), bf16), ((e,), jnp.int32), ((e,), jnp.int32)]
+    checked(*h200.compiled(step, *(h200.argument(place, *s) for s in shapes)))
+
+
 def test_loops_and_rematerialisation(pattern):
     place = h200.mesh()
 

@@ -1,0 +1,117 @@
+"""`activation(x @ S + bias) + residual` in one kernel, and its derivative.
+
+The kernel writes what the activation was applied to beside y, in the dtype of x, when a gradient is
+wanted. From there the chain rule is elementwise, and the rest are the two products again.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from bsjax.ops import _core, _mesh, _mosaic
+from bsjax.ops._activations import ACTIVATIONS
+from bsjax.ops._core import Spec
+from bsjax.pattern import BlockPattern, is_concrete
+
+
+def matmul(
+    spec: Spec,
+    transpose: bool,
+    activation: str | None,
+    x: Array,
+    values: Array,
+    p: BlockPattern,
+    bias: Array | None,
+    residual: Array | None,
+) -> Array:
+    """The product with its epilogue, in the dtype of x, rounded once."""
+    x, values, p, bias, residual = _core.same_axes(x, values, p, bias, residual)
+    values = values.astype(x.dtype)
+    return _fused(spec, transpose, activation, x, values, p, bias, residual)
+
+
+def _run(transpose, activation, keep, x, values, p, bias, residual):
+    def kernel(x: Array, weights: Any, *residual: Array) -> tuple[Array, ...]:
+        values, p, bias = weights
+        return _mosaic.fused(
+            x,
+            values,
+            p,
+            bias,
+            *residual or (None,),
+            transpose=transpose,
+            activation=activation,
+            keep=keep,
+        )
+
+    others = () if residual is None else (residual,)
+    return _mesh.per_token(kernel, x, (values, p, bias), *others)
+
+
+_jit_run = jax.jit(_run, static_argnums=(0, 1, 2))
+
+
+def _run_now(transpose, activation, keep, *args):
+    """Outside jit, compiled once for each size."""
+    if not is_concrete(*jax.tree.leaves(args)):
+        return _run(transpose, activation, keep, *args)
+    with _mosaic.in_words("matmul"):
+        return _jit_run(transpose, activation, keep, *args)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _fused(spec, transpose, activation, x, values, p, bias, residual):
+    return _run_now(transpose, activation, False, x, values, p, bias, residual)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _kept(spec, transpose, activation, x, values, p, bias, residual):
+    """y and what the activation was applied to (y itself where there is none)."""
+    keep = activation is not None
+    y, *before = _run_now(transpose, activation, keep, x, values, p, bias, residual)
+    return y, before[0] if keep else y
+
+
+def _fused_fwd(spec, transpose, activation, *args):
+    out, saved = _kept_fwd(spec, transpose, activation, *args)
+    return out[0], saved
+
+
+def _kept_fwd(spec, transpose, activation, x, values, p, bias, residual):
+    y, before = _kept(spec, transpose, activation, x, values, p, bias, residual)
+    return (y, before), (x, values, p, bias, residual, before)
+
+
+def _fused_bwd(spec, transpose, activation, saved, dy):
+    return _chain(spec, transpose, activation, saved, dy, None)
+
+
+def _kept_bwd(spec, transpose, activation, saved, cotangents):
+    dy, dbefore = cotangents
+    if activation is None:  # both are y
+        return _chain(spec, transpose, activation, saved, dy + dbefore, None)
+    return _chain(spec, transpose, activation, saved, dy, dbefore)
+
+
+def _chain(spec, transpose, activation, saved, dy, dbefore):
+    x, values, p, bias, residual, before = saved
+    dy = jnp.asarray(dy)
+    slope = dy.astype(jnp.float32)
+    if activation is not None:
+        slope = jax.vjp(ACTIVATIONS[activation], before.astype(jnp.float32))[1](slope)[0]
+    if dbefore is not None:
+        slope = slope + jnp.asarray(dbefore).astype(jnp.float32)
+    dsums = slope.astype(x.dtype)
+    dx = _core.matmul(_core.to(spec, x), not transpose, dsums, values, p)
+    dvalues = _core.sddmm(_core.to(spec, values), *((dsums, x) if transpose else (x, dsums)), p)
+    dbias = None
+    if bias is not None:
+        dbias = jnp.sum(slope, axis=tuple(range(slope.ndim - 1))).astype(bias.dtype)
+    return dx, dvalues, None, dbias, None if residual is None else dy.astype(residual.dtype)
+
+
+_fused.defvjp(_fused_fwd, _fused_bwd)
+_kept.defvjp(_kept_fwd, _kept_bwd)
