@@ -51,10 +51,13 @@ def linear(
     dtype: Any,
     precision: Any,
     implementation: Any,
+    activation: Any = None,
+    residual: Any = None,
 ) -> Float[Array, "*n m"]:
-    """`x @ S + bias` for features that blocks do not divide: zeros in, surplus columns out.
+    """`activation(x @ S + bias) + residual` for features that blocks do not divide: zeros in,
+    surplus columns out.
 
-    All three are cast to `dtype`, or to their common dtype, as Flax's own layers do.
+    All are cast to `dtype`, or to the common dtype of x, values and bias, as Flax's own layers do.
     """
     x, values = jnp.asarray(x), jnp.asarray(values)
     if dtype is None:
@@ -70,5 +73,27 @@ def linear(
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, k - x.shape[-1])])
     if bias is not None:
         bias = jnp.pad(jnp.asarray(bias, dtype), (0, m - out_features))
-    y = ops.matmul(x, values, p, bias=bias, precision=precision, implementation=implementation)
+    if residual is not None:
+        residual = jnp.asarray(residual, dtype)
+        if residual.shape != (*x.shape[:-1], out_features):
+            raise ValueError(
+                f"{layer}: `residual` of shape {tuple(residual.shape)} must have shape "
+                f"{(*x.shape[:-1], out_features)}, that of the output."
+            )
+        residual = jnp.pad(residual, [(0, 0)] * (x.ndim - 1) + [(0, m - out_features)])
+    y = ops.matmul(
+        x,
+        values,
+        p,
+        bias=bias,
+        activation=activation,
+        residual=residual,
+        precision=precision,
+        implementation=implementation,
+    )
     return y[..., :out_features]
+
+
+def down_pattern(layer: str, up: BlockPattern, down: Any, block: Any) -> BlockPattern:
+    """The pattern of the second layer of an MLP: that of the first transposed unless given."""
+    return up.transpose()[0] if down is None else as_pattern(layer, down, block)

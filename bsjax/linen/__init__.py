@@ -4,5 +4,6 @@ import bsjax._serialization  # noqa: F401 - registers BlockPattern with flax.ser
 from bsjax.linen._convert import from_nnx as from_nnx
 from bsjax.linen._convert import to_nnx as to_nnx
 from bsjax.linen._linear import BlockLinear as BlockLinear
+from bsjax.linen._mlp import BlockMLP as BlockMLP
 
-__all__ = ["BlockLinear", "from_nnx", "to_nnx"]
+__all__ = ["BlockLinear", "BlockMLP", "from_nnx", "to_nnx"]

@@ -43,7 +43,11 @@ class BlockLinear(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: Any) -> Float[Array, "*n m"]:
+    def __call__(
+        self, x: Any, *, activation: Any = None, residual: Any = None
+    ) -> Float[Array, "*n m"]:
+        """`activation(x @ S + bias) + residual`: the last two where they are given, and inside the
+        kernel where one runs."""
         features = (jnp.shape(x)[-1] if jnp.ndim(x) else 0, self.out_features)
         _layers.check_features("BlockLinear", self.pattern, features)
         p = stored(self, self.pattern)
@@ -68,4 +72,6 @@ class BlockLinear(nn.Module):
             dtype=self.dtype,
             precision=self.precision,
             implementation=self.implementation,
+            activation=activation,
+            residual=residual,
         )

@@ -3,5 +3,6 @@
 import bsjax._serialization  # noqa: F401 - registers BlockPattern with flax.serialization
 from bsjax.nnx._linear import BlockLinear as BlockLinear
 from bsjax.nnx._linear import Pattern as Pattern
+from bsjax.nnx._mlp import BlockMLP as BlockMLP
 
-__all__ = ["BlockLinear", "Pattern"]
+__all__ = ["BlockLinear", "BlockMLP", "Pattern"]

@@ -62,7 +62,11 @@ class BlockLinear(nnx.Module):
         self.dtype, self.param_dtype, self.precision = dtype, param_dtype, precision
         self.implementation = implementation
 
-    def __call__(self, x: Any) -> Float[Array, "*n m"]:
+    def __call__(
+        self, x: Any, *, activation: Any = None, residual: Any = None
+    ) -> Float[Array, "*n m"]:
+        """`activation(x @ S + bias) + residual`: the last two where they are given, and inside the
+        kernel where one runs."""
         return _layers.linear(
             x,
             self.values[...],
@@ -73,4 +77,6 @@ class BlockLinear(nnx.Module):
             dtype=self.dtype,
             precision=self.precision,
             implementation=self.implementation,
+            activation=activation,
+            residual=residual,
         )

@@ -38,6 +38,7 @@ class Kernel(NamedTuple):
     spilled: int  # bytes
     wgmma: int  # instructions
     tma: int
+    waits: int  # for products but the last ones: what the interpreter does not miss
     serialized: bool  # products of the tensor cores that wait for each other
 
 
@@ -77,5 +78,6 @@ def _read(path: Path) -> Kernel:
         sum(int(n) for n in re.findall(r"(\d+) bytes (?:spill|cumulative)", said)),
         len(re.findall(r"wgmma\.mma_async", ptx)),
         len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
+        len(re.findall(r"wgmma\.wait_group\.sync\.aligned [1-9]", ptx)),
         "C7510" in said,
     )

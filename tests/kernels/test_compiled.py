@@ -47,6 +47,7 @@ def checked(program, kernels):
         assert kernel.spilled == 0, kernel
         assert not kernel.serialized, kernel
         assert kernel.tma, kernel
+        assert kernel.waits or not kernel.wgmma, kernel
 
 
 def training_step(p):

@@ -1,0 +1,79 @@
+"""`BlockMLP` for Flax NNX."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from bsjax import _layers, inits
+from bsjax.nnx._linear import BlockLinear
+from bsjax.ops import Implementation
+
+
+class BlockMLP(nnx.Module):
+    """`y = activation(x @ U + b) @ D + c`, the feed-forward layer of a Transformer, block-sparse.
+
+    With `gated=True` it is `(activation(x @ G) * (x @ U)) @ D + c`, where G has the pattern of U
+    (Shazeer 2020, "GLU Variants Improve Transformer"). `pattern` is that of U, `down_pattern` that
+    of D: by default the transpose, so that in_features and out_features are equal. Each is a
+    `BlockPattern`, or a bool mask with `block=`.
+
+    Submodules `up`, `down` and `gate` are `BlockLinear`s, which take the remaining arguments. The
+    activation ("relu", "gelu", "silu", "tanh", "sigmoid" or a function) and a residual run inside
+    the kernel where one runs.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int | None = None,
+        *,
+        pattern: Any,
+        down_pattern: Any = None,
+        block: int | tuple[int, int] | None = None,
+        activation: Any = "gelu",
+        gated: bool = False,
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        kernel_init: inits.Initializer = inits.stored_fan_in(),  # noqa: B008 - a pure function
+        bias_init: inits.Initializer = jax.nn.initializers.zeros,
+        implementation: Implementation = "auto",
+        rngs: nnx.Rngs,
+    ) -> None:
+        up = _layers.as_pattern("BlockMLP", pattern, block)
+        down = _layers.down_pattern("BlockMLP", up, down_pattern, block)
+
+        def layer(features: tuple[int, int], p: Any, use_bias: bool) -> BlockLinear:
+            return BlockLinear(
+                *features,
+                pattern=p,
+                use_bias=use_bias,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                precision=precision,
+                kernel_init=kernel_init,
+                bias_init=bias_init,
+                implementation=implementation,
+                rngs=rngs,
+            )
+
+        self.up = layer((in_features, hidden_features), up, use_bias and not gated)
+        self.gate: BlockLinear | None
+        if gated:
+            self.gate = layer((in_features, hidden_features), up, False)
+        else:
+            self.gate = nnx.data(None)
+        self.down = layer((hidden_features, out_features or in_features), down, use_bias)
+        self.activation = activation
+
+    def __call__(self, x: Any, *, residual: Any = None) -> Float[Array, "*n m"]:
+        if self.gate is None:
+            hidden = self.up(x, activation=self.activation)
+        else:
+            hidden = self.gate(x, activation=self.activation) * self.up(x)
+        return self.down(hidden, residual=residual)
