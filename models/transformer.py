@@ -55,7 +55,7 @@ class Config:
     width: int = option(512, "width of the sparse model", least=8, same=True)
     layers: int = option(2, "layers of every model", least=1, same=True)
     heads: int = option(4, "attention heads of every model", least=1, same=True)
-    block: int = option(64, "side of a block of weights", least=1, same=True)
+    block: int = option(32, "side of a block of weights", least=1, same=True)
     density: float = option(0.125, "stored share of the blocks", above=0, most=1, same=True)
     pattern: str = option("balanced", "which blocks", choices=("balanced", "random"), same=True)
     learning_rate: float = option(4e-3, "its highest value", above=0, same=True)
