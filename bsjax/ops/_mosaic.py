@@ -135,7 +135,7 @@ def _matmul(
         )
         return tuple(_mesh.vary(y, _mesh.varying(x))[:n] for y in outs)
 
-    weights = (values, lists.ptr, lists.source, *slots, *bias)
+    weights = (values, _pointers(lists), lists.source, *slots, *bias)
     axes = ["n i", *["n o"] * (len(tokens) - 1), "e a b", "g", "e", *["e"] * len(slots)]
     rule = ", ".join([*axes, *["h o"] * len(bias)])
     return _on_each_device(run, tokens, weights, f"{rule} -> {', '.join(['n o'] * epilogue.outs)}")
@@ -164,7 +164,7 @@ def sddmm(
         stored = jnp.arange(p.capacity, dtype=jnp.int32) < ptr[-1]
         return jnp.where(stored[:, None, None], _mesh.vary(v, _mesh.varying(x)), 0)
 
-    return _on_each_device(run, (x, y), (lists.ptr, lists.source), "n i, n o, g, e -> e a b")
+    return _on_each_device(run, (x, y), (_pointers(lists), lists.source), "n i, n o, g, e -> e a b")
 
 
 def multiprocessors() -> int:
@@ -191,6 +191,12 @@ def _on_each_device(
 def _unsplit(chosen: config.Config) -> config.Config:
     """What joins tiles writes in place, which XLA's partitioner does not take."""
     return dataclasses.replace(chosen, split=False) if several_gpus() else chosen
+
+
+def _pointers(lists: Lists) -> Array:
+    """`lists.ptr`, by comparisons: one kernel on a GPU, where a binary search is a loop of many."""
+    blocks = jnp.arange(lists.outputs + 1, dtype=jnp.int32)
+    return jnp.sum(lists.target[None] < blocks[:, None], axis=1, dtype=jnp.int32)
 
 
 def _padded(x: Array, tile: int) -> Array:

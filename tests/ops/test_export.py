@@ -29,6 +29,14 @@ def test_exported_for_a_cpu(implementation, n):
         np.testing.assert_array_equal(g, w)
 
 
+def test_kernels_for_a_gpu_without_one():
+    p = bsjax.BlockPattern.from_mask(np.eye(2, dtype=bool), 64)
+    x, values = jnp.ones((100, 128), jnp.bfloat16), jnp.ones((2, 64, 64), jnp.bfloat16)
+    product = jax.jit(lambda x, v: bsjax.matmul(x, v, p, implementation="mosaic"))
+    artefact = export.export(product, platforms=["cuda"])(x, values)
+    assert "mosaic_gpu" in artefact.mlir_module()
+
+
 @pytest.mark.parametrize("n", CASES)
 @pytest.mark.parametrize(
     ("implementation", "platforms"),
