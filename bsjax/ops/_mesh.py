@@ -74,8 +74,7 @@ def on_each_device(
     names the axes of all operands and of the result, as in an einsum; tokens are `n`. A result
     without them is a sum over devices. Under `vmap` tokens are not kept apart.
     """
-    results = rule.split("->")[1].split(",")
-    summed = "n" not in results[0].split()
+    summed = "n" not in rule.split("->")[1]
 
     def partition(mesh: Any, operands: Any, result: Any) -> Any:
         first = [a.sharding.spec[0] for a in operands[: len(per_token)] if a.sharding.spec]
@@ -87,7 +86,7 @@ def on_each_device(
 
         sharded = (own,) * len(per_token) + (whole,) * len(weights)
         out = whole if summed else own
-        return mesh, local, out if len(results) == 1 else (out,) * len(results), sharded
+        return mesh, local, jax.tree.map(lambda _: out, result), sharded
 
     whole = custom_partitioning(lambda *args: run(*args))
     whole.def_partition(partition, sharding_rule=rule)

@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import bsjax
+import bsjax.nnx
 from bsjax.ops import _mosaic
 from tests.kernels import h200
 
@@ -183,3 +184,37 @@ def test_vmap(pattern):
     values = h200.argument(place, (2, pattern.capacity, 64, 64), bf16)
     program, kernels = h200.compiled(jax.vmap(training_step(pattern)), x, values, x)
     checked(program, kernels)
+
+
+def test_a_training_step_of_the_transformer(monkeypatch):
+    """The recipe's own step, with its products in bfloat16 through the kernels, as one program."""
+    from flax import nnx
+
+    from models import transformer
+
+    product = bsjax.nnx.BlockLinear.__call__
+    monkeypatch.setattr(
+        bsjax.nnx.BlockLinear, "__call__", lambda layer, x: product(layer, x).astype(x.dtype)
+    )
+
+    config = transformer.Config(layers=1)
+    model = transformer.Transformer(config, transformer.wide(config), nnx.Rngs(0))
+    layers = [m for _, m in nnx.iter_graph(model) if isinstance(m, bsjax.nnx.BlockLinear)]
+    for layer in layers:
+        layer.implementation, layer.dtype = "mosaic", bf16
+    optimizer = nnx.Optimizer(model, transformer.adam(1e-3, 0.1, 10, 0.1), wrt=nnx.Param)
+    graph, state = nnx.split((model, optimizer))
+
+    def step(state, data):
+        model, optimizer = nnx.merge(graph, state)
+        loss = transformer.train_step(model, optimizer, data)
+        return loss, nnx.state((model, optimizer))
+
+    place = h200.mesh()
+    state = jax.tree.map(lambda a: h200.argument(place, a.shape, a.dtype), state)
+    data = h200.argument(place, (config.batch, config.length + 1), jnp.uint8)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        program, kernels = h200.compiled(step, state, data)
+    checked(program, kernels)
+    text = program.as_text()
+    assert text.count('custom_call_target="mosaic_gpu') >= 3 * len(layers)
