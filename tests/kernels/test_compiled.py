@@ -42,7 +42,6 @@ def compile_everything():
 def checked(program, kernels):
     """Forward, dx and dvalues are kernels (one that was compiled before is not reported again)."""
     assert program.as_text().count('custom_call_target="mosaic_gpu') >= 3
-    assert any(kernel.wgmma for kernel in kernels)
     assert max(h200.shared_memory(), default=0) <= 232_448
     for kernel in kernels:
         assert kernel.spilled == 0, kernel
@@ -95,6 +94,7 @@ def test_matmul_and_its_derivatives(block, n, dtype):
     shapes += [((e,), jnp.int32)] * 2
     program, kernels = h200.compiled(step, *(h200.argument(place, *s) for s in shapes))
     checked(program, kernels)
+    assert sum(kernel.wgmma > 0 for kernel in kernels) >= 3
     copies = re.findall(rf"= \w+\[{n},8192\]\S* copy\(", program.as_text())
     assert copies == []  # tiles that were cut are joined in place
 
