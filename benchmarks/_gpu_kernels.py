@@ -13,7 +13,7 @@ __all__ = ["PROBLEMS", "Problem", "chosen", "device_seconds", "keep_table", "tun
 
 OPERATIONS = {"forward": "matmul", "dx": "matmul transposed", "dvalues": "sddmm"}
 QUEUED, kernel_seconds, queued_seconds = _clock.QUEUED, _clock.kernel_seconds, _clock.queued_seconds
-said, wrong = _clock.said, _clock.wrong
+said, wrong, WRONG = _clock.said, _clock.wrong, _clock.WRONG
 
 
 def chosen(
