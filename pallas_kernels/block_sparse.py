@@ -7,7 +7,6 @@ a ring of stages, across output tiles, led by the lists of stored blocks. The ot
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
@@ -52,7 +51,7 @@ def matmul(
             transpose=slot is not None,
         ),
         out_type=(
-            *[jax.ShapeDtypeStruct((n, blocks * width_out), out_dtype)] * epilogue.outs,
+            *epilogue.outs(n, blocks * width_out, out_dtype),
             _workers.pieces(config, (config.tile, width_out)),
         ),
         grid=(config.workers,),
@@ -66,8 +65,8 @@ def matmul(
 
     def write(tile, row, sums, outs, operands, staging, barriers):
         start = lax.rem(tile, tiles) * config.tile + row
-        column = lax.div(tile, tiles) * width_out
-        epilogue.write(sums, start, column, outs, operands, staging, barriers.at[0])
+        block = lax.div(tile, tiles)
+        epilogue.write(sums, start, block, outs, operands, staging, barriers.at[0])
 
     scratch = epilogue.scratch(ROWS, width_out, out_dtype, 1)
     return _workers.join(tuple(outs), pieces, shares, config, write, scratch, *operands)
@@ -140,9 +139,9 @@ def _matmul(
             @pl.when(at.whole)
             def _():
                 row = lax.rem(at.tile, tiles) * tile + warpgroup * rows
-                column = lax.div(at.tile, tiles) * width_out
+                block = lax.div(at.tile, tiles)
                 own = (staging.at[mine], barriers.at[warpgroup])
-                epilogue.write(sums, row, column, tuple(outs), tuple(operands), *own)
+                epilogue.write(sums, row, block, tuple(outs), tuple(operands), *own)
 
             _workers.keep(sums, at, worker, pieces, mine, config)
             return turn + count

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
@@ -28,22 +29,28 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Epilogue:
-    """`y = activation(sums + bias) + residual`; with `keep`, `sums + bias` is a second output."""
+    """`y = activation(sums + bias) + residual`; with `keep`, `sums + bias` is a second output.
+
+    With `gated`, output blocks are pairs side by side, and
+    `y = activation(left) * right + residual` has half the columns.
+    """
 
     activation: str | None = None
+    gated: bool = False
     bias: bool = False
     residual: bool = False
     keep: bool = False
 
-    @property
-    def outs(self) -> int:
-        return 1 + self.keep
+    def outs(self, n: int, columns: int, dtype: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Of `n` tokens and so many columns of sums."""
+        y = jax.ShapeDtypeStruct((n, columns // (1 + self.gated)), dtype)
+        return (y, jax.ShapeDtypeStruct((n, columns), dtype)) if self.keep else (y,)
 
     def scratch(self, rows: int, width: int, dtype: Any, warpgroups: int) -> tuple[Any, Any]:
         """Shared memory for a slice of a tile, and barriers for what is read into it."""
-        columns = min(SLICE, width)
+        columns = min(SLICE, width // (1 + self.gated))
         if self.activation is not None and rows // warpgroups * width >= ACCUMULATOR:
-            columns = min(SLICE // 2, width)  # few registers are left for what it computes
+            columns = min(SLICE // 2, columns)  # few registers are left for what it computes
         staging = _ring.swizzled((rows, columns), columns, dtype)
         return staging, plgpu.Barrier(num_barriers=warpgroups)
 
@@ -51,36 +58,43 @@ class Epilogue:
         self,
         sums: Array,
         row: Any,
-        column: Any,
+        block: Any,
         outs: tuple[Any, ...],
         operands: tuple[Any, ...],
         staging: Any,
         barrier: Any,
     ) -> None:
-        """Writes rows and columns from there on, a slice at a time.
+        """Writes the rows of an output block from there on, a slice at a time.
 
         `outs` are y and, with `keep`, what goes into the activation; `operands` are bias `[1, m]`
         and residual, as far as there are any.
         """
         rows, width = staging.shape
-        bias = operands[0] if self.bias else None
-        residual = operands[-1] if self.residual else None
-        for first in range(0, sums.shape[1], width):
-            part = sums[:, first : first + width]
-            columns = pl.ds(column + first, width)
-            here = (pl.ds(row, rows), columns)
-            if bias is not None:
+        rows, half = pl.ds(row, rows), sums.shape[1] // (1 + self.gated)
+
+        def before(first: int) -> Array:
+            part, columns = sums[:, first : first + width], block * sums.shape[1] + first
+            if self.bias:
                 own = plgpu.load(
-                    bias.at[0, columns], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False
+                    operands[0].at[0, pl.ds(columns, width)],
+                    layout=plgpu.Layout.WGMMA.reduce(0),
+                    optimized=False,
                 )
                 part = part + lax.broadcast_in_dim(own.astype(part.dtype), part.shape, (1,))
             if self.keep:
-                _stage(part, staging, outs[1].at[here])
+                _stage(part, staging, outs[1].at[rows, pl.ds(columns, width)])
+            return part
+
+        for first in range(0, half, width):
+            part = before(first)
             if self.activation is not None:
                 part = ACTIVATIONS[self.activation](part)
-            if residual is not None:
+            if self.gated:
+                part = part * before(half + first)
+            here = (rows, pl.ds(block * half + first, width))
+            if self.residual:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.copy_gmem_to_smem(residual.at[here], staging, barrier)
+                plgpu.copy_gmem_to_smem(operands[-1].at[here], staging, barrier)
                 plgpu.barrier_wait(barrier)
                 part = part + staging[...].astype(part.dtype)
             _stage(part, staging, outs[0].at[here])

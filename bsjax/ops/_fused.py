@@ -1,11 +1,11 @@
-"""`activation(x @ S + bias) + residual` in one kernel, and its derivative.
+"""`activation(x @ S + bias) + residual`, or the gated linear unit, in one kernel, with derivatives.
 
 The kernel writes what the activation was applied to beside y, in the dtype of x, when a gradient is
 wanted. From there the chain rule is elementwise, and the rest are the two products again.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,26 @@ from bsjax.ops._core import Spec
 from bsjax.pattern import BlockPattern, is_concrete
 
 
+class Form(NamedTuple):
+    """What the kernel does to its sums."""
+
+    activation: str | None
+    gated: bool = False  # columns of S are pairs of blocks; activation(left) * right
+
+    def __call__(self, sums: Array, width: int) -> Array:
+        """The same on an array, where blocks (or pairs) are so wide."""
+        act = ACTIVATIONS[self.activation] if self.activation else lambda x: x
+        if not self.gated:
+            return act(sums)
+        pairs = sums.reshape(*sums.shape[:-1], -1, 2, width // 2)
+        y = act(pairs[..., 0, :]) * pairs[..., 1, :]
+        return y.reshape(*sums.shape[:-1], -1)
+
+
 def matmul(
     spec: Spec,
     transpose: bool,
-    activation: str | None,
+    form: Form,
     x: Array,
     values: Array,
     p: BlockPattern,
@@ -30,10 +46,10 @@ def matmul(
     """The product with its epilogue, in the dtype of x, rounded once."""
     x, values, p, bias, residual = _core.same_axes(x, values, p, bias, residual)
     values = values.astype(x.dtype)
-    return _fused(spec, transpose, activation, x, values, p, bias, residual)
+    return _fused(spec, transpose, form, x, values, p, bias, residual)
 
 
-def _run(transpose, activation, keep, x, values, p, bias, residual):
+def _run(transpose, form, keep, x, values, p, bias, residual):
     def kernel(x: Array, weights: Any, *residual: Array) -> tuple[Array, ...]:
         values, p, bias = weights
         return _mosaic.fused(
@@ -43,7 +59,8 @@ def _run(transpose, activation, keep, x, values, p, bias, residual):
             bias,
             *residual or (None,),
             transpose=transpose,
-            activation=activation,
+            activation=form.activation,
+            gated=form.gated,
             keep=keep,
         )
 
@@ -54,54 +71,56 @@ def _run(transpose, activation, keep, x, values, p, bias, residual):
 _jit_run = jax.jit(_run, static_argnums=(0, 1, 2))
 
 
-def _run_now(transpose, activation, keep, *args):
+def _run_now(transpose, form, keep, *args):
     """Outside jit, compiled once for each size."""
     if not is_concrete(*jax.tree.leaves(args)):
-        return _run(transpose, activation, keep, *args)
+        return _run(transpose, form, keep, *args)
     with _mosaic.in_words("matmul"):
-        return _jit_run(transpose, activation, keep, *args)
+        return _jit_run(transpose, form, keep, *args)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _fused(spec, transpose, activation, x, values, p, bias, residual):
-    return _run_now(transpose, activation, False, x, values, p, bias, residual)[0]
+def _fused(spec, transpose, form, x, values, p, bias, residual):
+    return _run_now(transpose, form, False, x, values, p, bias, residual)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _kept(spec, transpose, activation, x, values, p, bias, residual):
+def _kept(spec, transpose, form, x, values, p, bias, residual):
     """y and what the activation was applied to (y itself where there is none)."""
-    keep = activation is not None
-    y, *before = _run_now(transpose, activation, keep, x, values, p, bias, residual)
+    keep = form != Form(None)
+    y, *before = _run_now(transpose, form, keep, x, values, p, bias, residual)
     return y, before[0] if keep else y
 
 
-def _fused_fwd(spec, transpose, activation, *args):
-    out, saved = _kept_fwd(spec, transpose, activation, *args)
+def _fused_fwd(spec, transpose, form, *args):
+    out, saved = _kept_fwd(spec, transpose, form, *args)
     return out[0], saved
 
 
-def _kept_fwd(spec, transpose, activation, x, values, p, bias, residual):
-    y, before = _kept(spec, transpose, activation, x, values, p, bias, residual)
+def _kept_fwd(spec, transpose, form, x, values, p, bias, residual):
+    y, before = _kept(spec, transpose, form, x, values, p, bias, residual)
     return (y, before), (x, values, p, bias, residual, before)
 
 
-def _fused_bwd(spec, transpose, activation, saved, dy):
-    return _chain(spec, transpose, activation, saved, dy, None)
+def _fused_bwd(spec, transpose, form, saved, dy):
+    return _chain(spec, transpose, form, saved, dy, None)
 
 
-def _kept_bwd(spec, transpose, activation, saved, cotangents):
+def _kept_bwd(spec, transpose, form, saved, cotangents):
     dy, dbefore = cotangents
-    if activation is None:  # both are y
-        return _chain(spec, transpose, activation, saved, dy + dbefore, None)
-    return _chain(spec, transpose, activation, saved, dy, dbefore)
+    if form == Form(None):  # both are y
+        return _chain(spec, transpose, form, saved, dy + dbefore, None)
+    return _chain(spec, transpose, form, saved, dy, dbefore)
 
 
-def _chain(spec, transpose, activation, saved, dy, dbefore):
+def _chain(spec, transpose, form, saved, dy, dbefore):
     x, values, p, bias, residual, before = saved
     dy = jnp.asarray(dy)
     slope = dy.astype(jnp.float32)
-    if activation is not None:
-        slope = jax.vjp(ACTIVATIONS[activation], before.astype(jnp.float32))[1](slope)[0]
+    if form != Form(None):
+        width = p.block[0 if transpose else 1]
+        apply = functools.partial(form, width=width)
+        slope = jax.vjp(apply, before.astype(jnp.float32))[1](slope)[0]
     if dbefore is not None:
         slope = slope + jnp.asarray(dbefore).astype(jnp.float32)
     dsums = slope.astype(x.dtype)

@@ -85,13 +85,18 @@ def fused(
     *,
     transpose: bool,
     activation: str | None,
+    gated: bool,
     keep: bool,
 ) -> tuple[Array, ...]:
-    """`activation(x @ S + bias) + residual`, and what the activation was applied to if `keep`."""
+    """`activation(x @ S + bias) + residual`, and what the activation was applied to if `keep`.
+
+    With `gated`, columns of S are pairs of blocks, and the left one gates the right one.
+    """
     bias_row = () if bias is None else (bias.astype(jnp.float32)[None],)
     tokens = (x,) if residual is None else (x, residual)
     options = {
         "activation": activation,
+        "gated": gated,
         "bias": bias is not None,
         "residual": residual is not None,
         "keep": keep,
@@ -136,9 +141,11 @@ def _matmul(
         return tuple(_mesh.vary(y, _mesh.varying(x))[:n] for y in outs)
 
     weights = (values, _pointers(lists), lists.source, *slots, *bias)
-    axes = ["n i", *["n o"] * (len(tokens) - 1), "e a b", "g", "e", *["e"] * len(slots)]
+    axes = ["n i", *["n p"] * (len(tokens) - 1), "e a b", "g", "e", *["e"] * len(slots)]
     rule = ", ".join([*axes, *["h o"] * len(bias)])
-    return _on_each_device(run, tokens, weights, f"{rule} -> {', '.join(['n o'] * epilogue.outs)}")
+    return _on_each_device(
+        run, tokens, weights, f"{rule} -> {', '.join(['n p', 'n o'][: 1 + epilogue.keep])}"
+    )
 
 
 def sddmm(

@@ -67,7 +67,9 @@ def matmul(
     if spec.name == "mosaic":  # gated values are rounded: the tensor cores take 16 bits
         values = values.astype(operands[1].dtype)
         if not bare and not callable(activation) and _one_kernel(x, p, residual):
-            return _fused.matmul(spec, transpose, activation, x, values, p, bias, residual)
+            return _fused.matmul(
+                spec, transpose, _fused.Form(activation), x, values, p, bias, residual
+            )
     y = _core.matmul(spec, transpose, x, values, p)
     if bias is not None:
         y = _mesh.per_token(jnp.add, y, jnp.broadcast_to(bias.astype(y.dtype), (1, m)))
@@ -136,6 +138,9 @@ def glu(
     (r, c), (br, bc) = p.grid, p.block
     pair = BlockPattern(p.row, p.col, (r, c), (br, 2 * bc))
     spec = _spec(op, (x, both), pair, precision, implementation, _reference.accumulator(x, both))
+    if spec.name == "mosaic" and not callable(activation) and _one_kernel(x, pair, None):
+        form = _fused.Form(activation, gated=True)
+        return _fused.matmul(spec, False, form, x, both, pair, None, None)
     y = _core.matmul(spec, False, x, both, pair)
     y = y.reshape(*x.shape[:-1], c, 2, bc)
     y = act(y[..., 0, :]) * y[..., 1, :]

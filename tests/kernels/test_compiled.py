@@ -4,6 +4,7 @@ Every kernel must use the tensor cores and TMA, spill nothing and fit in shared 
 """
 
 import contextlib
+import functools
 import os
 import re
 
@@ -159,6 +160,21 @@ def test_epilogues(activation, bias, residual, block):
 
     shapes = [((8192, 4096), bf16), ((e, block, block), bf16), ((4096,), bf16)]
     shapes += [((8192, 4096), bf16), ((e,), jnp.int32), ((e,), jnp.int32)]
+    checked(*h200.compiled(step, *(h200.argument(place, *s) for s in shapes)))
+
+
+@pytest.mark.parametrize("block", [64, pytest.param(128, marks=pytest.mark.slow)])
+def test_gated_linear_unit(block):
+    place, grid = h200.mesh(), (4096 // block, 4096 // block)
+    e = grid[0] * grid[1] // 10
+
+    def step(x, gate, up, row, col):
+        p = bsjax.BlockPattern(row, col, grid, (block, block))
+        f = functools.partial(bsjax.glu, implementation="mosaic")
+        y, pull = jax.vjp(lambda x, gate, up: f(x, gate, up, p), x, gate, up)
+        return y, *pull(y)
+
+    shapes = [((8192, 4096), bf16), *[((e, block, block), bf16)] * 2, *[((e,), jnp.int32)] * 2]
     checked(*h200.compiled(step, *(h200.argument(place, *s) for s in shapes)))
 
 

@@ -85,6 +85,28 @@ def test_blocks_wider_than_a_slice():
     close(case, run(case, "mosaic", **which), run(case, "reference", **which))
 
 
+@pytest.mark.parametrize(
+    ("block", "activation"), [(32, "silu"), pytest.param(64, "gelu", marks=pytest.mark.slow)]
+)
+def test_gated_linear_unit(block, activation):
+    case = Case(mask=random_mask(3, 3, 0.5), block=block, n=70)
+    inputs = case.inputs(jnp.bfloat16)
+    up = jnp.flip(inputs.values, 2)
+
+    def run(implementation, dtype):
+        def f(x, gate, up):
+            options = {"activation": activation, "implementation": implementation}
+            return bsjax.glu(x, gate, up, inputs.p, **options)
+
+        args = (a.astype(dtype) for a in (inputs.x, inputs.values, up))
+        y, pull = jax.vjp(f, *args)
+        return y, *pull(inputs.dy.astype(dtype))
+
+    with interpreted():
+        got = jax.block_until_ready(jax.jit(lambda: run("mosaic", jnp.bfloat16))())
+    close(case, got, run("reference", jnp.float32))
+
+
 def test_nothing_stored():
     case = Case(mask=np.zeros((3, 2), bool), block=32, n=5)
     which = {"bias": True, "residual": True, "activation": "relu"}
