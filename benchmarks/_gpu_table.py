@@ -11,10 +11,12 @@ WORDS = 160  # of a reason
 
 def table(records: Sequence[Record]) -> Iterator[str]:
     """Lines, the most telling last: that is where a terminal stops."""
-    yield "\n== left out and failed"
-    for one in records:
-        if one.get("failed"):
-            yield f"{one['item'] or one['step']}: {_short(one['failed'])}"
+    latest = {one["item"] or one["step"]: one for one in records}
+    failed = {name: one["failed"] for name, one in latest.items() if one.get("failed")}
+    if failed:
+        yield "\n== failed"
+    for name, why in failed.items():
+        yield f"{name}: {_short(why)}"
     yield from _tests(records)
     yield from _tuner(records)
     yield from _peers(records)

@@ -45,11 +45,12 @@ def watch(
             env=os.environ | dict(environment or {}),
         )
         lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=_feed, args=(process, told, lines), daemon=True).start()
+        reader = threading.Thread(target=_feed, args=(process, told, lines), daemon=True)
+        reader.start()
         try:
             yield from _events(process, lines, written, until, warm_up, slack)
         finally:
-            _end(process)
+            _end(process, reader)
 
 
 def _events(
@@ -75,10 +76,10 @@ def _events(
             return
         event = heard(line)
         if event is None:
-            written.write(line)
-            written.flush()
             if line.strip():
                 tail.append(line)
+                written.write(line)
+                written.flush()
             continue
         if event["event"] == "start":
             under_way, limit = event["item"], time.time() + 3 * event["seconds"] + slack
@@ -98,8 +99,11 @@ def _feed(process: subprocess.Popen, told: str, lines: queue.Queue) -> None:
     lines.put(None)
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: subprocess.Popen, reader: threading.Thread) -> None:
     """Of the process and of all that it started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    reader.join(timeout=5)
+    if process.stdout and not reader.is_alive():
+        process.stdout.close()

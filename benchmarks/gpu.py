@@ -19,6 +19,7 @@ from typing import Any
 from benchmarks import _gpu_table
 from benchmarks._gpu_watch import SLACK, Event, watch
 from benchmarks._gpu_worker import LOST
+from benchmarks._record import commit
 
 type Record = dict[str, Any]
 
@@ -46,7 +47,7 @@ class Book:
         """Items with a result, and those that failed at this very commit."""
         known = {}
         for one in self.records:  # in the order in which they were written
-            same = one.get("commit") == self.common.get("commit")
+            same = one.get("commit") == self.common["commit"]
             known[one.get("item")] = same or not one.get("failed")
         return {name for name, done in known.items() if name and done}
 
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     today = datetime.now(UTC).date().isoformat()
     name = f"{device.removeprefix('NVIDIA ').replace(' ', '-').lower()}-{today}.jsonl"
     out = args.out or CHECKOUT / "benchmarks" / "results" / name
-    common = {"nvidia_driver": driver} | ({"commit": args.commit} if args.commit else {})
+    common = {"nvidia_driver": driver, "commit": args.commit or commit()}
     book = Book(out, args.resume, common)
     runner = Runner(book, args, until=start + 60 * args.minutes - RESERVE, log=out)
     for step in steps:

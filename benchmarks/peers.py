@@ -43,7 +43,7 @@ def _problem(case: GpuCase, programs: Programs, seed: int) -> tuple[Problem, dic
     p = bsjax.BlockPattern.from_mask(gpu_cases.mask(case, seed), case.block)
     inputs = suite.draws(case, seed)
     x, dy, values, _ = suite.arguments(case, p, inputs, seed)[0]
-    want = products.reference(programs, x, dy, values, p)
+    want = suite.wanted(programs, x, dy, values, p)
     x, dy, w, values = (np.asarray(a.astype(jnp.float32)) for a in (*inputs[0], values))
     host = {name: np.asarray(a) for name, a in want.items()}
     return Problem(x, dy, w, values, p, case.dtype), host

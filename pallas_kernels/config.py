@@ -114,6 +114,8 @@ def misfit(operation: str, config: Config, block: tuple[int, int], out_bytes: in
         return f"{rows} x {block[1]} sums do not fit in the registers of a warpgroup"
     if operation == "sddmm" and config.tile % block[0]:
         return f"{config.tile} rows are no whole blocks of {block[0]}"
+    if operation == "sddmm" and block[0] >= ROWS and config.depth % ROWS:
+        return f"steps of {config.depth} tokens: a product that transposes takes {ROWS} at a time"
     if operation != "sddmm" and block[0] % config.depth:
         return f"steps of {config.depth} features do not divide blocks of {block[0]}"
     most = staged(config, block[1], out_bytes).stages
