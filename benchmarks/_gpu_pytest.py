@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks._gpu_worker import LOST, answers, tell
 from benchmarks._record import environment
 
-PATIENCE = 30.0  # seconds, a guess: a test compiles a few kernels
+PATIENCE = 10.0  # seconds, a guess: a test compiles a few kernels
 
 
 def pytest_sessionstart() -> None:

@@ -108,8 +108,8 @@ def measure(
 
 def wanted(programs: Programs, x: Any, dy: Any, values: Any, p: Any) -> dict[str, jax.Array]:
     """The products of the reference, in float32 from the same numbers."""
-    wide = (a.astype(jnp.float32) for a in (x, dy, values))
-    return products.reference(programs, *wide, p)
+    x, dy, values = (a.astype(jnp.float32) for a in (x, dy, values))
+    return products.reference(programs, x, dy, values, p)
 
 
 def compile_each(

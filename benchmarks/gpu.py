@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks import _gpu_table
+from benchmarks import _gpu_kernels, _gpu_table
 from benchmarks._gpu_watch import SLACK, Event, watch
 from benchmarks._gpu_worker import LOST
 from benchmarks._record import commit
@@ -26,7 +26,7 @@ type Record = dict[str, Any]
 CHECKOUT = Path(__file__).parent.parent
 RESERVE = 6.0  # seconds, for the table
 LEAST = 5.0  # seconds for which a step is worth starting
-LOSSES = 3  # processes that a step may lose before it is given up
+LOSSES = 4  # processes that a step may lose before it is given up; one that hangs counts twice
 # a test process and PyTorch want memory of the same GPU
 MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.4", "PYTHONUNBUFFERED": "1"}
 
@@ -93,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             break
         runner.step(step)
     book.close()
+    if any(one.get("benchmark") == "tune" for one in book.records):
+        _gpu_kernels.keep_table(out.with_suffix(".tuned.json"))
     for text in _gpu_table.table(book.records):
         print(text, flush=True)
     print(f"written: {out} ({time.time() - start:.0f} s)")
@@ -124,7 +126,7 @@ class Runner:
                 return
             if last["event"] == "ended" and not last["item"] and last["status"] in (0, 1, 5):
                 return  # 1 and 5: some tests failed, and there are none
-            losses += 1
+            losses += 2 if last["event"] == "hung" else 1
             if last["item"]:
                 why = (
                     "hung: nothing was heard for too long"
@@ -136,7 +138,7 @@ class Runner:
                 self._failed(step, "", f"{last['event']}\n{last['tail']}"[-2000:])
                 return
         if losses >= LOSSES:
-            self.say(f"   {step.name}: given up after {losses} lost processes")
+            self.say(f"   {step.name}: given up after what hung and faulted")
 
     def _process(self, step: Any, todo: list[str]) -> Event:
         """Runs one process; what the watch said last."""
