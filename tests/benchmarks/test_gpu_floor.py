@@ -123,12 +123,28 @@ def test_the_best_floor_is_below_that_of_any_tile(product):
         assert one["floor_efficiency"] == pytest.approx(0.25 * 1e3 * DENSE / one["floor_ms"])
 
 
-def test_dx_reads_the_pattern_the_other_way():
+def test_columns_that_store_the_same_rows_share_them():
     hub = np.zeros((8, 8), bool)
-    hub[0] = True  # one block-row: eight columns share their stored row
-    across, down = Sizes(4096, (512, 512), (64, 64), 8), hub.T
+    hub[0] = True  # one block-row: eight columns share it
+    across = Sizes(4096, (512, 512), (64, 64), 8)
     shared = best("forward", across, hub, Ceilings(memory=1e30))
-    assert best("forward", across, down, Ceilings(memory=1e30)).seconds > shared.seconds
+    assert best("forward", across, hub.T, Ceilings(memory=1e30)).seconds > shared.seconds
+
+
+def test_dx_is_the_product_with_the_transpose(monkeypatch):
+    """Blocks of 64 x 256 are 64 columns wide for dx, and its columns are their rows."""
+    stored = np.zeros((64, 16), bool)
+    stored[:, 3] = True  # one block-column: for dx, columns that share their row
+    monkeypatch.setattr(gpu_cases, "mask", lambda case, seed: stored)
+    case = GpuCase(block=(64, 256), density=1 / 16, shape=(4096, 4096))
+    forward, dx = (predicted(case, product, 128, Ceilings()) for product in PRODUCTS[:2])
+    flops = 2 * case.tokens * stored.sum() * 64 * 256
+    for one, width in ((forward, 256), (dx, 64)):
+        tile_ms = 1e3 * flops * (128 + width) / (128 * width) / Ceilings().l2
+        assert one["tile_floor_ms"] == pytest.approx(tile_ms)
+    turned = GpuCase(block=(256, 64), density=1 / 16, shape=(4096, 4096))
+    monkeypatch.setattr(gpu_cases, "mask", lambda case, seed: stored.T)
+    assert predicted(turned, "forward", 128, Ceilings()) == dx
 
 
 def test_the_cases_are_those_of_the_design():
