@@ -121,7 +121,9 @@ def _matmul(
 
     def run(*args: Array) -> tuple[Array, ...]:
         n, bytes_ = args[0].shape[0], jnp.dtype(out_dtype).itemsize
-        chosen = _unsplit(config.for_matmul(n, sizes, bytes_, multiprocessors()))
+        op = "matmul transposed" if slots else "matmul"
+        tuned = _key(op, args[0], sizes, lists)
+        chosen = _unsplit(config.for_matmul(n, sizes, bytes_, multiprocessors(), tuned=tuned))
         args = _alike(*(_padded(a, chosen.tile) for a in args[: len(tokens)]), *args[len(tokens) :])
         (x, *residual), rest = args[: len(tokens)], args[len(tokens) :]
         values, ptr, source, *rest = rest
@@ -165,7 +167,8 @@ def sddmm(
 
     def run(x: Array, y: Array, ptr: Array, row: Array) -> Array:
         bytes_ = jnp.dtype(out_dtype).itemsize
-        chosen = _unsplit(config.for_sddmm(p.block, bytes_, multiprocessors()))
+        options = {"n": x.shape[0], "tuned": _key("sddmm", x, p.block, lists)}
+        chosen = _unsplit(config.for_sddmm(p.block, bytes_, multiprocessors(), **options))
         x, y, ptr, row = _alike(_padded(x, chosen.depth), _padded(y, chosen.depth), ptr, row)
         v = sampled_dense.sddmm(x, y, row, ptr, chosen, block=p.block, out_dtype=out_dtype)
         stored = jnp.arange(p.capacity, dtype=jnp.int32) < ptr[-1]
@@ -180,6 +183,15 @@ def multiprocessors() -> int:
         return device.num_cores or config.MULTIPROCESSORS
     device = jax.devices()[0]
     return device.core_count if device.platform == "gpu" else config.MULTIPROCESSORS
+
+
+def _key(op: str, x: Array, block: tuple[int, int], lists: Lists) -> config.Key | None:
+    """Where a tuned configuration would stand; there is none for a GPU that is not there."""
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return None
+    density = lists.source.shape[0] / (lists.inputs * lists.outputs)
+    return config.key(device.device_kind, op, x.dtype.name, block, x.shape[0], density)
 
 
 def several_gpus() -> bool:
