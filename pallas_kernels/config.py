@@ -14,9 +14,9 @@ SHARED_MEMORY = 232_448 - 4_096  # bytes of a Hopper multiprocessor, less what b
 ROWS = 64  # of a product of the tensor cores
 ACCUMULATOR = 128 * 128  # float32 numbers that the registers of a warpgroup hold
 SLICE = 64  # columns of an output tile that are staged at a time
-MULTIPROCESSORS = 132  # of an H100 and an H200
+MULTIPROCESSORS = 132  # of an H200
 MOST_STEPS = 2**31 - 1  # they are counted in int32
-STAGES = 8  # more did not gain in dense kernels
+STAGES = 8  # at most; what is best is for the tuner to find
 # what was tuned stands for sizes near it
 TOKENS = (64, 256, 1024, 8192)
 DENSITIES = (0.03, 0.05, 0.1, 0.25, 0.5)

@@ -1,4 +1,4 @@
-"""What the README and docs/products.md show runs, leads somewhere and was measured."""
+"""What the README and the documentation show runs, leads somewhere and was measured."""
 
 import json
 import re
@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/products.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", *(f"docs/{page}.md" for page in ("products", "modules", "kernels"))]
+)
 def test_the_examples_run(name):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
     assert len(blocks) >= 2

@@ -51,7 +51,7 @@ def test_scan_over_layers(init):
     assert values.shape == (DEPTH, MASK.sum(), 8, 8)
     assert len(np.unique(values[:, 0, 0, 0])) == DEPTH
     y, _ = stack.apply(variables, X)
-    np.testing.assert_allclose(y, unrolled(variables, X), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(y, unrolled(variables, X))
 
 
 def test_scan_over_layers_with_a_pattern_each():
