@@ -1,6 +1,6 @@
 """Stages of shared memory in a ring: one warpgroup loads ahead, the others multiply behind it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -9,6 +9,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 LOADING, MULTIPLYING = 40, 232  # registers of a thread
+
+
+class Run(NamedTuple):
+    """Steps that do the same: `multiply(accumulator, stage)` starts so many `products`."""
+
+    steps: Any
+    multiply: Callable[[Any, Array], None]
+    products: int = 1
 
 
 class Ring(NamedTuple):
@@ -47,28 +55,31 @@ class Ring(NamedTuple):
     def sums(
         self,
         turn: Any,
-        count: Any,
         shape: tuple[int, int],
-        multiply: Callable[[Any, Array], None],
-        products: int = 1,
-    ) -> Array:
-        """What `count` steps of `multiply(accumulator, stage)` add, each of so many `products`."""
+        runs: Sequence[Run],
+    ) -> tuple[Array, Any]:
+        """What the steps of all `runs` add up to, and the turn after them."""
+        end = turn + sum(run.steps for run in runs)
 
         def accumulate(acc):
-            def step(s, _):
-                stage = self.stage(turn + s)
-                plgpu.barrier_wait(self.full.at[stage])
-                multiply(acc, stage)
-                plgpu.wgmma_wait(products)
-                # this step is still running; the one before it has read its stage
-                pl.when(s > 0)(lambda: self.release(turn + s - 1))
+            at = turn
+            for run in runs:
 
-            lax.fori_loop(0, count, step, None)
+                def step(s, _, at=at, run=run):
+                    stage = self.stage(at + s)
+                    plgpu.barrier_wait(self.full.at[stage])
+                    run.multiply(acc, stage)
+                    plgpu.wgmma_wait(run.products)
+                    # this step is still running; the one before it has read its stage
+                    pl.when(at + s > turn)(lambda: self.release(at + s - 1))
+
+                lax.fori_loop(0, run.steps, step, None)
+                at += run.steps
             return acc[...]
 
         sums = pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
-        pl.when(count > 0)(lambda: self.release(turn + count - 1))
-        return sums
+        pl.when(end > turn)(lambda: self.release(end - 1))
+        return sums, end
 
 
 def ring(stages: int, warpgroups: int, copies: int) -> Ring:

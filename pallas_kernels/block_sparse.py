@@ -1,10 +1,12 @@
 """x @ S and x @ S^T for a block-sparse S, from the same stored values.
 
 One program on every multiprocessor, for the whole product. One warpgroup loads: it runs ahead over
-a ring of stages, across output tiles, led by the lists of stored blocks. The others multiply.
+a ring of stages, across output tiles, led by the lists of stored blocks. The others multiply. With
+`Config.columns`, output blocks side by side share what is read of x where they store the same rows.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import _ring, _workers
 from pallas_kernels.config import ROWS, SLICE, Config
 from pallas_kernels.epilogue import Epilogue
+from pallas_kernels.lists import Steps, parts
 
 NONE = Epilogue()
 
@@ -22,103 +25,132 @@ NONE = Epilogue()
 def matmul(
     x: Array,
     values: Array,
-    source: Array,
-    slot: Array | None,
-    ptr: Array,
+    steps: Steps,
     config: Config,
     *operands: Array,
+    blocks: int,
+    transpose: bool = False,
     epilogue: Epilogue = NONE,
     out_dtype: Any,
 ) -> tuple[Array, ...]:
-    """`y[n, o]`: output block j is the sum of `x[:, source[i]] @ values[i]` over i in
-    `ptr[j]..ptr[j + 1]`, after the `epilogue` with its `operands`; and what that keeps.
+    """`y[n, o]`: each of so many output `blocks` is the sum of `x[:, source[i]] @ values[slots[i]]`
+    over its steps (see `lists`), after the `epilogue` with its `operands`; and what that keeps.
 
-    With `slot`, the stored block of `i` is the transpose of `values[slot[i]]`. `n` must be a
-    multiple of `config.tile`, and there must be tokens, output blocks and at least one slot.
+    With `transpose`, stored blocks are multiplied transposed. `n` must be a multiple of
+    `config.tile`, and there must be tokens, output blocks and at least one slot.
     """
     n = x.shape[0]
-    width_in, width_out = values.shape[1:] if slot is None else values.shape[:0:-1]
-    blocks, tiles = ptr.shape[0] - 1, n // config.tile
-    parts = width_in // config.depth
-    steps = ptr * parts + jnp.arange(blocks + 1, dtype=ptr.dtype)  # one more for each, to write
-    shares = _workers.shares(steps * tiles, tiles, config.workers, split=config.split)
+    width_in, width_out = values.shape[:0:-1] if transpose else values.shape[1:]
+    groups, tiles = -(-blocks // config.columns), n // config.tile
+    of_group = steps.ptr[:: len(parts(config.columns))] * (width_in // config.depth)
+    starts = of_group + jnp.arange(groups + 1, dtype=jnp.int32)  # one more for each, to write
+    shares = _workers.shares(starts * tiles, tiles, config.workers, split=config.split)
     run = plgpu.kernel(
         functools.partial(
             _matmul,
             config=config,
             epilogue=epilogue,
             width_in=width_in,
-            transpose=slot is not None,
+            blocks=blocks,
+            transpose=transpose,
         ),
         out_type=(
             *epilogue.outs(n, blocks * width_out, out_dtype),
-            _workers.pieces(config, (config.tile, width_out)),
+            _workers.pieces(config, (config.tile, config.columns * width_out)),
         ),
         grid=(config.workers,),
         grid_names=("worker",),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
     )
-    *outs, pieces = run(
-        x, values, source, source if slot is None else slot, ptr, shares.spans, *operands
-    )
+    *outs, pieces = run(x, values, *steps, shares.spans, *operands)
 
     def write(tile, row, sums, outs, operands, staging, barriers):
         start = lax.rem(tile, tiles) * config.tile + row
-        block = lax.div(tile, tiles)
-        epilogue.write(sums, start, block, outs, operands, staging, barriers.at[0])
 
-    scratch = epilogue.scratch(ROWS, width_out, out_dtype, 1)
+        def one(sums, block):
+            epilogue.write(sums, start, block, outs, operands, staging, barriers.at[0])
+
+        _each(sums, lax.div(tile, tiles), config.columns, blocks, one)
+
+    scratch = epilogue.scratch(ROWS, width_out, out_dtype, 1, config.columns)
     return _workers.join(tuple(outs), pieces, shares, config, write, scratch, *operands)
+
+
+def _each(sums: Array, group: Any, columns: int, blocks: int, write: Callable[..., None]) -> None:
+    """`write(sums, block)` for each output block of a group; the last group may have fewer."""
+    width = sums.shape[1] // columns
+    for i in range(columns):
+        block = group * columns + i
+        one = functools.partial(write, sums[:, i * width : (i + 1) * width], block)
+        pl.when(block < blocks)(one) if blocks % columns else one()
 
 
 def _matmul(
     x,
     values,
-    source,
-    slot,
     ptr,
+    source,
+    slots,
     spans,
     *rest,
     config: Config,
     epilogue: Epilogue,
     width_in: int,
+    blocks: int,
     transpose: bool,
 ):
     *rest, pieces = rest
     operands = rest[: epilogue.bias + epilogue.residual]
     outs = rest[epilogue.bias + epilogue.residual :]
-    _, tile, width_out = pieces.shape
+    _, tile, width = pieces.shape
+    columns, width_out = config.columns, width // config.columns
     depth, tiles, rows = config.depth, x.shape[0] // tile, tile // config.warpgroups
-    parts = width_in // depth
+    cut, kinds = width_in // depth, parts(columns)
     worker = lax.axis_index("worker")
 
     def products(tile):
-        j = lax.div(tile, tiles)
-        return (ptr[j + 1] - ptr[j]) * parts
+        first = lax.div(tile, tiles) * len(kinds)
+        return (ptr[first + len(kinds)] - ptr[first]) * cut
 
     def walk(body):
         return _workers.walk(spans, worker, lambda tile: products(tile) + 1, body)
 
+    def spans_of(at: _workers.Piece):
+        """For each kind of part, those of its steps that belong to a piece."""
+        first = lax.div(at.tile, tiles) * len(kinds)
+        ends = [ptr[first + i] * cut for i in range(len(kinds) + 1)]
+        begin, end = ends[0] + at.first, ends[0] + at.last
+        for i, kind in enumerate(kinds):
+            low, high = lax.max(begin, ends[i]), lax.min(end, ends[i + 1])
+            yield kind, low, lax.max(low, high)
+
+    def place(member):
+        return pl.ds(member * width_out, width_out) if transpose else member
+
     def load(x_tiles, v_tiles, ring):
         def piece(at: _workers.Piece, turn):
-            j, t = lax.div(at.tile, tiles), lax.rem(at.tile, tiles)
-            tokens, first = pl.ds(t * tile, tile), ptr[j] * parts
+            tokens = pl.ds(lax.rem(at.tile, tiles) * tile, tile)
+            for (first, width), low, high in spans_of(at):
 
-            def step(s, turn):
-                i, part = lax.div(first + s, parts), lax.rem(first + s, parts)
-                features = pl.ds(part * depth, depth)
-                stage, full = ring.free(turn)
-                plgpu.copy_gmem_to_smem(
-                    x.at[tokens, pl.ds(source[i] * width_in + part * depth, depth)],
-                    x_tiles.at[stage],
-                    full,
-                )
-                block = values.at[slot[i], :, features] if transpose else values.at[i, features]
-                plgpu.copy_gmem_to_smem(block, v_tiles.at[stage], full)
-                return turn + 1
+                def step(s, turn, first=first, width=width):
+                    i, start = lax.div(s, cut), lax.rem(s, cut) * depth
+                    # read before waiting, so that waiting hides it
+                    features = pl.ds(source[i] * width_in + start, depth)
+                    members = [slots[first + k, i] for k in range(width)]
+                    stage, full = ring.free(turn)
+                    plgpu.copy_gmem_to_smem(x.at[tokens, features], x_tiles.at[stage], full)
+                    for k, slot in enumerate(members):
+                        own = pl.ds(start, depth)
+                        block = values.at[slot, :, own] if transpose else values.at[slot, own]
+                        to = v_tiles.at[stage, place(first + k)]
+                        plgpu.copy_gmem_to_smem(block, to, full)
+                    for _ in range(columns - width):
+                        plgpu.barrier_arrive(full)
+                    return turn + 1
 
-            return lax.fori_loop(at.first, lax.min(at.last, products(at.tile)), step, turn)
+                turn = lax.fori_loop(low, high, step, turn)
+            return turn
 
         ring.drain(walk(piece))
 
@@ -126,30 +158,49 @@ def _matmul(
         warpgroup = lax.axis_index("warpgroup")
         mine = pl.ds(warpgroup * rows, rows)
 
-        def product(acc, stage):
-            block = v_tiles.at[stage]
-            plgpu.wgmma(
-                acc, x_tiles.at[stage, mine], block.transpose((1, 0)) if transpose else block
-            )
+        def product(acc, stage, first, width):
+            def add(first, width, block):
+                sums = pl.ds(first * width_out, width * width_out)
+                plgpu.wgmma(
+                    acc.at[:, sums] if width < columns else acc, x_tiles.at[stage, mine], block
+                )
+
+            if transpose:  # one below the other
+                there = pl.ds(first * width_out, width * width_out)
+                add(first, width, v_tiles.at[stage, there].transpose((1, 0)))
+                return
+            for i in range(first, first + width):
+                add(i, 1, v_tiles.at[stage, i])
 
         def piece(at: _workers.Piece, turn):
-            count = lax.max(lax.min(at.last, products(at.tile)) - at.first, 0)
-            sums = ring.sums(turn, count, (rows, width_out), product)
+            runs = [
+                _ring.Run(
+                    high - low,
+                    functools.partial(product, first=first, width=width),
+                    1 if transpose else width,
+                )
+                for (first, width), low, high in spans_of(at)
+            ]
+            sums, turn = ring.sums(turn, (rows, width), runs)
 
             @pl.when(at.whole)
             def _():
                 row = lax.rem(at.tile, tiles) * tile + warpgroup * rows
-                block = lax.div(at.tile, tiles)
                 own = (staging.at[mine], barriers.at[warpgroup])
-                epilogue.write(sums, row, block, tuple(outs), tuple(operands), *own)
+
+                def one(sums, block):
+                    epilogue.write(sums, row, block, tuple(outs), tuple(operands), *own)
+
+                _each(sums, lax.div(at.tile, tiles), columns, blocks, one)
 
             _workers.keep(sums, at, worker, pieces, mine, config)
-            return turn + count
+            return turn
 
         walk(piece)
         plgpu.wait_smem_to_gmem(0)
 
-    block = (width_out, depth) if transpose else (depth, width_out)
+    # side by side blocks would have gaps between their rows, which no copy leaves
+    block = (width, depth) if transpose else (columns, depth, width_out)
     swizzle = min(depth, width_out, SLICE)  # both operands want the same
     pl.run_scoped(
         lambda x_tiles, v_tiles, ring, scratch: _ring.roles(
@@ -159,7 +210,7 @@ def _matmul(
         ),
         _ring.swizzled((config.stages, tile, depth), swizzle, x.dtype),
         _ring.swizzled((config.stages, *block), swizzle, x.dtype),
-        _ring.ring(config.stages, config.warpgroups, copies=2),
-        epilogue.scratch(tile, width_out, outs[0].dtype, config.warpgroups),
+        _ring.ring(config.stages, config.warpgroups, copies=1 + columns),
+        epilogue.scratch(tile, width_out, outs[0].dtype, config.warpgroups, columns),
         collective_axes="warpgroup",
     )

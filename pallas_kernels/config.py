@@ -16,6 +16,7 @@ ACCUMULATOR = 128 * 128  # float32 numbers that the registers of a warpgroup hol
 SLICE = 64  # columns of an output tile that are staged at a time
 MULTIPROCESSORS = 132  # of an H200
 MOST_STEPS = 2**31 - 1  # they are counted in int32
+COLUMNS = (1, 2, 4)
 STAGES = 8  # at most; what is best is for the tuner to find
 # what was tuned stands for sizes near it
 TOKENS = (64, 256, 1024, 8192)
@@ -29,6 +30,7 @@ class Config:
 
     tile: int = 256  # `matmul`: tokens of an output tile; `sddmm`: rows of stored blocks in one
     warpgroups: int = 2  # that multiply; one more loads
+    columns: int = 1  # `matmul`: output blocks side by side that share what is read of x
     depth: int = 64  # features (`matmul`) or tokens (`sddmm`) of a step
     stages: int = 4  # steps in flight
     workers: int = MULTIPROCESSORS  # programs on the grid
@@ -68,18 +70,49 @@ def for_matmul(
     out_bytes: int,
     workers: int = MULTIPROCESSORS,
     *,
+    density: float = 0.0,
     tuned: Key | None = None,
 ) -> Config:
-    """For `n` tokens and blocks (features in, features out): as `tuned`, if the table has it."""
+    """For `n` tokens and blocks (features in, features out) of a random pattern: as `tuned`, if the
+    table has it."""
     width_in, width_out = block
-    tile, warpgroups = 2 * max(ROWS, min(128, ACCUMULATOR // width_out)), 2
+    columns = _columns(block, density) if n > ROWS else 1
+    tile, warpgroups = _tile(width_out * columns), 2
     if _padding(n, tile) > 1.25:
         tile = 2 * ROWS
     if n <= ROWS:
         tile, warpgroups = ROWS, 1
     depth = min(64, width_in)
-    config = Config(tile=tile, warpgroups=warpgroups, depth=depth, workers=workers)
+    config = Config(tile=tile, columns=columns, warpgroups=warpgroups, depth=depth, workers=workers)
     return _looked_up(tuned, n, block, out_bytes, workers) or staged(config, width_out, out_bytes)
+
+
+def _tile(width: int) -> int:
+    """Tokens of an output tile, as many as two warpgroups hold sums for."""
+    return 2 * max(ROWS, min(128, ACCUMULATOR // width))
+
+
+def _columns(block: tuple[int, int], density: float) -> int:
+    """How many output blocks should share what is read of x: the fewest bytes that are read for a
+    stored block and a token, if that is a tenth less than without; making the tables costs, too."""
+    width_in, width_out = block
+
+    def read(columns: int) -> float:
+        return reads(density, columns) * width_in + width_in * width_out / _tile(
+            width_out * columns
+        )
+
+    able = [columns for columns in COLUMNS if columns * width_out <= 2 * ROWS] or [1]
+    best = min(able, key=read)
+    return best if read(best) <= 0.9 * read(1) else 1
+
+
+def reads(density: float, columns: int) -> float:
+    """Times that a stored block of a random pattern has its input read: once for the largest part
+    of a group (see `lists`) that stores the row, shared by its members."""
+    if columns == 1 or not density:
+        return 1.0
+    return reads(density, columns // 2) - density ** (columns - 1) / columns
 
 
 def for_sddmm(
@@ -92,7 +125,7 @@ def for_sddmm(
 ) -> Config:
     """For stored blocks of that size and `n` tokens: as `tuned`, if the table has it."""
     height, width = block
-    tile = max(height, 2 * max(ROWS, min(128, ACCUMULATOR // width)))
+    tile = max(height, _tile(width))
     config = Config(tile=tile, depth=64, workers=workers)
     return _looked_up(tuned, n, block, out_bytes, workers) or staged(config, width, out_bytes)
 
@@ -100,7 +133,7 @@ def for_sddmm(
 def staged(config: Config, width: int, out_bytes: int) -> Config:
     """`config` with as many stages as fit beside the staged output: latency is hidden by what is
     in flight."""
-    step = 2 * config.depth * (config.tile + width)
+    step = 2 * config.depth * (config.tile + width * config.columns)
     out = config.tile * min(SLICE, width) * out_bytes
     return dataclasses.replace(config, stages=min(STAGES, (SHARED_MEMORY - out) // step))
 
@@ -110,8 +143,9 @@ def misfit(operation: str, config: Config, block: tuple[int, int], out_bytes: in
     rows, more = divmod(config.tile, config.warpgroups)
     if more or rows % ROWS:
         return f"{config.warpgroups} warpgroups cannot share {config.tile} rows by {ROWS}"
-    if rows * block[1] > ACCUMULATOR:
-        return f"{rows} x {block[1]} sums do not fit in the registers of a warpgroup"
+    width = block[1] * config.columns
+    if rows * width > ACCUMULATOR:
+        return f"{rows} x {width} sums do not fit in the registers of a warpgroup"
     if operation == "sddmm" and config.tile % block[0]:
         return f"{config.tile} rows are no whole blocks of {block[0]}"
     if operation == "sddmm" and block[0] >= ROWS and config.depth % ROWS:
@@ -148,8 +182,22 @@ def candidates(
         if stages < heuristic.stages
     ]
     whole = [dataclasses.replace(one, split=False) for one in (heuristic, *tiles[:2])]
+    groups = []
+    if operation != "sddmm":
+        groups = [
+            staged(
+                dataclasses.replace(
+                    heuristic,
+                    columns=columns,
+                    tile=min(heuristic.tile, _tile(block[1] * columns)),
+                ),
+                block[1],
+                out_bytes,
+            )
+            for columns in COLUMNS
+        ]
     least = min(_padding(n, one.tile) for one in (heuristic, *tiles))
-    for one in dict.fromkeys((heuristic, *tiles, *depths, *fewer, *whole)):
+    for one in dict.fromkeys((heuristic, *groups, *tiles, *depths, *fewer, *whole)):
         wasteful = operation != "sddmm" and _padding(n, one.tile) > max(1.25, least)
         if not wasteful and misfit(operation, one, block, out_bytes) is None:
             yield one

@@ -46,10 +46,13 @@ class Epilogue:
         y = jax.ShapeDtypeStruct((n, columns // (1 + self.gated)), dtype)
         return (y, jax.ShapeDtypeStruct((n, columns), dtype)) if self.keep else (y,)
 
-    def scratch(self, rows: int, width: int, dtype: Any, warpgroups: int) -> tuple[Any, Any]:
-        """Shared memory for a slice of a tile, and barriers for what is read into it."""
+    def scratch(
+        self, rows: int, width: int, dtype: Any, warpgroups: int, blocks: int = 1
+    ) -> tuple[Any, Any]:
+        """Shared memory for a slice of a tile of so many blocks, and barriers for what is read into
+        it."""
         columns = min(SLICE, width // (1 + self.gated))
-        if self.activation is not None and rows // warpgroups * width >= ACCUMULATOR:
+        if self.activation is not None and rows // warpgroups * width * blocks >= ACCUMULATOR:
             columns = min(SLICE // 2, columns)  # few registers are left for what it computes
         staging = _ring.swizzled((rows, columns), columns, dtype)
         return staging, plgpu.Barrier(num_barriers=warpgroups)

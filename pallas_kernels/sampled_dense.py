@@ -142,14 +142,15 @@ def _sddmm(x, y, row, groups, spans, v, pieces, *, config: Config, block: tuple[
 
         def piece(at: _workers.Piece, turn):
             count = lax.max(lax.min(at.last, steps) - at.first, 0)
-            sums = ring.sums(turn, count, (rows, width), product, 1 if narrow else rows // ROWS)
+            run = _ring.Run(count, product, 1 if narrow else rows // ROWS)
+            sums, turn = ring.sums(turn, (rows, width), [run])
 
             @pl.when(at.whole)
             def _():
                 _write(sums, staging.at[mine], v, warpgroup * rows, groups, at.tile)
 
             _workers.keep(sums, at, worker, pieces, mine, config)
-            return turn + count
+            return turn
 
         walk(piece)
         plgpu.wait_smem_to_gmem(0)

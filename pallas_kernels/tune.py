@@ -87,7 +87,7 @@ class Job(NamedTuple):
 
 def job(problem: Problem, seed: int = 0) -> Job:
     """Random arguments of a kernel, as the door to it would make them."""
-    from pallas_kernels import block_sparse, sampled_dense
+    from pallas_kernels import block_sparse, lists, sampled_dense
 
     (k, m), (br, bc), n, dtype = problem.shape, problem.block, problem.tokens, problem.dtype
     r, c = k // br, m // bc
@@ -99,39 +99,41 @@ def job(problem: Problem, seed: int = 0) -> Job:
     def normal(*shape: int) -> Array:
         return jax.random.normal(next(keys), shape, dtype)
 
-    def pointers(blocks: Array, count: int) -> Array:
-        return jnp.searchsorted(blocks, jnp.arange(count + 1, dtype=jnp.int32)).astype(jnp.int32)
-
     if problem.operation == "sddmm":
 
-        def sddmm(chosen: Config, x: Array, y: Array, row: Array, ptr: Array) -> Array:
+        def sddmm(chosen: Config, x: Array, y: Array, row: Array, col: Array) -> Array:
             x, y = (_padded(a, chosen.depth) for a in (x, y))
+            ptr = lists.plain(col, row, c).ptr
             return sampled_dense.sddmm(x, y, row, ptr, chosen, block=(br, bc), out_dtype=dtype)
 
         x, y = normal(n, k), normal(n, m)
         full = jnp.dot(x.T, y, preferred_element_type=jnp.float32)
         want = full.reshape(r, br, c, bc).transpose(0, 2, 1, 3)[row, col]
-        return Job(sddmm, [(x, y, row, pointers(col, c))], want)
-
-    def matmul(chosen: Config, x: Array, values: Array, *lists: Array) -> Array:
-        source, ptr, *slot = lists
-        slot = slot[0] if slot else None
-        x = _padded(x, chosen.tile)
-        y = block_sparse.matmul(x, values, source, slot, ptr, chosen, out_dtype=dtype)
-        return jax.tree.leaves(y)[0][:n]
+        return Job(sddmm, [(x, y, row, col)], want)
 
     transpose = problem.operation == "matmul transposed"
-    lists: tuple[Array, ...] = (row, pointers(col, c))
-    if transpose:
-        slot = jnp.argsort(row, stable=True).astype(jnp.int32)
-        lists = (col[slot], pointers(row[slot], r), slot)
+
+    def matmul(chosen: Config, x: Array, values: Array, row: Array, col: Array) -> Array:
+        # making the tables is a part of the time
+        steps = lists.of_pattern(row, col, (r, c), columns=chosen.columns, transpose=transpose)
+        y = block_sparse.matmul(
+            _padded(x, chosen.tile),
+            values,
+            steps,
+            chosen,
+            blocks=r if transpose else c,
+            transpose=transpose,
+            out_dtype=dtype,
+        )
+        return jax.tree.leaves(y)[0][:n]
+
     x = normal(n, m if transpose else k)
     copies = min(8, max(1, round(CACHE / (2 * e * br * bc)))) if n <= 256 else 1
     values = [normal(e, br, bc) for _ in range(copies)]
     dense = jnp.zeros((r, c, br, bc), dtype).at[row, col].set(values[0])
     dense = dense.transpose(0, 2, 1, 3).reshape(k, m)
     want = jnp.dot(x, dense.T if transpose else dense, preferred_element_type=jnp.float32)
-    return Job(matmul, [(x, one, *lists) for one in values], want)
+    return Job(matmul, [(x, one, row, col) for one in values], want)
 
 
 def _padded(x: Array, tile: int) -> Array:

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bsjax.ops import _mesh
-from bsjax.ops._lists import Lists
 from bsjax.pattern import BlockPattern
 from pallas_kernels import config
 
@@ -70,10 +69,10 @@ def matmul(
     out_dtype: Any,
 ) -> Float[Array, "n o"]:
     """`x @ S`, or `x @ S^T` from the same values."""
-    lists = Lists(p, transpose)
-    if not x.shape[0] * p.capacity * lists.outputs:
-        return jnp.zeros((x.shape[0], lists.outputs * lists.width_out), out_dtype)
-    return _matmul((x,), values, (), lists, out_dtype, {})[0]
+    outputs = p.shape[0] if transpose else p.shape[1]
+    if not x.shape[0] * p.capacity * outputs:
+        return jnp.zeros((x.shape[0], outputs), out_dtype)
+    return _matmul((x,), values, (), p, transpose, out_dtype, {})[0]
 
 
 def fused(
@@ -101,53 +100,54 @@ def fused(
         "residual": residual is not None,
         "keep": keep,
     }
-    return _matmul(tokens, values, bias_row, Lists(p, transpose), x.dtype, options)
+    return _matmul(tokens, values, bias_row, p, transpose, x.dtype, options)
 
 
 def _matmul(
     tokens: tuple[Array, ...],
     values: Array,
     bias: tuple[Array, ...],
-    lists: Lists,
+    p: BlockPattern,
+    transpose: bool,
     out_dtype: Any,
     options: dict[str, Any],
 ) -> tuple[Array, ...]:
     """The kernel, with the epilogue that `options` name, on x and perhaps a residual."""
-    from pallas_kernels import block_sparse
+    from pallas_kernels import block_sparse, lists
     from pallas_kernels.epilogue import Epilogue
 
-    epilogue, sizes = Epilogue(**options), (lists.width_in, lists.width_out)
-    slots = () if lists.slot is None else (lists.slot,)
+    br, bc = p.block
+    sizes = (bc, br) if transpose else (br, bc)
+    epilogue = Epilogue(**options)
 
     def run(*args: Array) -> tuple[Array, ...]:
+        op = "matmul transposed" if transpose else "matmul"
         n, bytes_ = args[0].shape[0], jnp.dtype(out_dtype).itemsize
-        op = "matmul transposed" if slots else "matmul"
-        tuned = _key(op, args[0], sizes, lists)
-        chosen = _unsplit(config.for_matmul(n, sizes, bytes_, multiprocessors(), tuned=tuned))
+        density = p.capacity / math.prod(p.grid)
+        tuned = _key(op, args[0], sizes, density)
+        workers = multiprocessors()
+        chosen = config.for_matmul(n, sizes, bytes_, workers, density=density, tuned=tuned)
+        chosen = _unsplit(chosen)
         args = _alike(*(_padded(a, chosen.tile) for a in args[: len(tokens)]), *args[len(tokens) :])
-        (x, *residual), rest = args[: len(tokens)], args[len(tokens) :]
-        values, ptr, source, *rest = rest
-        slot = rest.pop(0) if slots else None
+        (x, *residual), (values, row, col, *bias) = args[: len(tokens)], args[len(tokens) :]
+        steps = lists.of_pattern(row, col, p.grid, columns=chosen.columns, transpose=transpose)
         outs = block_sparse.matmul(
             x,
             values,
-            source,
-            slot,
-            ptr,
+            steps,
             chosen,
-            *rest,
+            *bias,
             *residual,
+            blocks=p.grid[0] if transpose else p.grid[1],
+            transpose=transpose,
             epilogue=epilogue,
             out_dtype=out_dtype,
         )
         return tuple(_mesh.vary(y, _mesh.varying(x))[:n] for y in outs)
 
-    weights = (values, _pointers(lists), lists.source, *slots, *bias)
-    axes = ["n i", *["n p"] * (len(tokens) - 1), "e a b", "g", "e", *["e"] * len(slots)]
-    rule = ", ".join([*axes, *["h o"] * len(bias)])
-    return _on_each_device(
-        run, tokens, weights, f"{rule} -> {', '.join(['n p', 'n o'][: 1 + epilogue.keep])}"
-    )
+    axes = ["n i", *["n p"] * (len(tokens) - 1), "e a b", "e", "e", *["h o"] * len(bias)]
+    rule = f"{', '.join(axes)} -> {', '.join(['n p', 'n o'][: 1 + epilogue.keep])}"
+    return _on_each_device(run, tokens, (values, p.row, p.col, *bias), rule)
 
 
 def sddmm(
@@ -159,22 +159,25 @@ def sddmm(
     out_dtype: Any,
 ) -> Float[Array, "e br bc"]:
     """The stored blocks of `x^T y`."""
-    from pallas_kernels import sampled_dense
+    from pallas_kernels import lists, sampled_dense
 
-    lists = Lists(p, False)
     if not x.shape[0] * p.capacity:
         return jnp.zeros((p.capacity, *p.block), out_dtype)
 
-    def run(x: Array, y: Array, ptr: Array, row: Array) -> Array:
+    def run(x: Array, y: Array, row: Array, col: Array) -> Array:
         bytes_ = jnp.dtype(out_dtype).itemsize
-        options = {"n": x.shape[0], "tuned": _key("sddmm", x, p.block, lists)}
+        tuned = _key("sddmm", x, p.block, p.capacity / math.prod(p.grid))
+        options = {"n": x.shape[0], "tuned": tuned}
         chosen = _unsplit(config.for_sddmm(p.block, bytes_, multiprocessors(), **options))
-        x, y, ptr, row = _alike(_padded(x, chosen.depth), _padded(y, chosen.depth), ptr, row)
-        v = sampled_dense.sddmm(x, y, row, ptr, chosen, block=p.block, out_dtype=out_dtype)
-        stored = jnp.arange(p.capacity, dtype=jnp.int32) < ptr[-1]
+        x, y, row, col = _alike(_padded(x, chosen.depth), _padded(y, chosen.depth), row, col)
+        steps = lists.plain(col, row, p.grid[1])
+        v = sampled_dense.sddmm(
+            x, y, steps.source, steps.ptr, chosen, block=p.block, out_dtype=out_dtype
+        )
+        stored = jnp.arange(p.capacity, dtype=jnp.int32) < steps.ptr[-1]
         return jnp.where(stored[:, None, None], _mesh.vary(v, _mesh.varying(x)), 0)
 
-    return _on_each_device(run, (x, y), (_pointers(lists), lists.source), "n i, n o, g, e -> e a b")
+    return _on_each_device(run, (x, y), (p.row, p.col), "n i, n o, e, e -> e a b")
 
 
 def multiprocessors() -> int:
@@ -185,12 +188,11 @@ def multiprocessors() -> int:
     return device.core_count if device.platform == "gpu" else config.MULTIPROCESSORS
 
 
-def _key(op: str, x: Array, block: tuple[int, int], lists: Lists) -> config.Key | None:
+def _key(op: str, x: Array, block: tuple[int, int], density: float) -> config.Key | None:
     """Where a tuned configuration would stand; there is none for a GPU that is not there."""
     device = jax.devices()[0]
     if device.platform != "gpu":
         return None
-    density = lists.source.shape[0] / (lists.inputs * lists.outputs)
     return config.key(device.device_kind, op, x.dtype.name, block, x.shape[0], density)
 
 
@@ -210,12 +212,6 @@ def _on_each_device(
 def _unsplit(chosen: config.Config) -> config.Config:
     """What joins tiles writes in place, which XLA's partitioner does not take."""
     return dataclasses.replace(chosen, split=False) if several_gpus() else chosen
-
-
-def _pointers(lists: Lists) -> Array:
-    """`lists.ptr`, by comparisons: one kernel on a GPU, where a binary search is a loop of many."""
-    blocks = jnp.arange(lists.outputs + 1, dtype=jnp.int32)
-    return jnp.sum(lists.target[None] < blocks[:, None], axis=1, dtype=jnp.int32)
 
 
 def _padded(x: Array, tile: int) -> Array:

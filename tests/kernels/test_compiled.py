@@ -17,6 +17,7 @@ from jax.sharding import AxisType, PartitionSpec
 import bsjax
 import bsjax.nnx
 from bsjax.ops import _mosaic
+from pallas_kernels import config
 from tests.kernels import h200
 
 pytestmark = pytest.mark.h200
@@ -84,9 +85,20 @@ OTHERS = [(64, 256), (256, 64), (128, 256), (32, 64), (64, 32), (16, 128), (128,
 )
 def test_matmul_and_its_derivatives(block, n, dtype):
     """At the sizes of the benchmark: 8192 x 8192 at a density of a tenth."""
-    place, block = h200.mesh(), (block, block) if isinstance(block, int) else block
+    compiles((block, block) if isinstance(block, int) else block, n, dtype, 0.1)
+
+
+@pytest.mark.parametrize("side", [64, *(pytest.param(s, marks=pytest.mark.slow) for s in (16, 32))])
+def test_output_blocks_that_share_what_is_read(side):
+    """At this density the heuristic takes groups of them."""
+    assert config.for_matmul(8192, (side, side), 2, density=0.5).columns == min(4, 128 // side)
+    compiles((side, side), 8192, bf16, 0.5)
+
+
+def compiles(block, n, dtype, density):
+    place = h200.mesh()
     grid = tuple(8192 // side for side in block)
-    e = grid[0] * grid[1] // 10
+    e = round(grid[0] * grid[1] * density)
 
     def step(x, values, dy, row, col):
         return training_step(bsjax.BlockPattern(row, col, grid, block))(x, values, dy)

@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import bsjax
 from bsjax.ops import _mosaic
+from pallas_kernels import config
 from tests.helpers import Case, assert_close, hub_mask, islands_mask, kept, products, random_mask
 
 pytestmark = pytest.mark.interpreted
@@ -85,6 +86,31 @@ def test_float16():
 @pytest.mark.parametrize("case", MORE_SIDES.values(), ids=MORE_SIDES)
 def test_more_sides(case, dtype, transpose):
     conforms(case, dtype, transpose=transpose)
+
+
+GROUPS = {
+    "pairs, one left": Case(mask=random_mask(4, 5, 0.6), block=64, n=130, capacity=14),
+    "fours, ragged": Case(mask=random_mask(3, 6, 0.7), block=16, n=80),
+    "all alike": Case(mask=np.ones((3, 4), bool), block=32, n=70),
+    "wide pairs": Case(mask=random_mask(3, 3, 0.6), block=128, n=130),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "columns"),
+    [
+        ("pairs, one left", 2),
+        ("fours, ragged", 4),
+        pytest.param("pairs, one left", 4, marks=pytest.mark.slow),
+        pytest.param("fours, ragged", 2, marks=pytest.mark.slow),
+        pytest.param("all alike", 4, marks=pytest.mark.slow),
+        pytest.param("wide pairs", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_output_blocks_that_share_what_is_read(name, columns, monkeypatch):
+    monkeypatch.setattr(config, "_columns", lambda *_: columns)
+    jax.clear_caches()
+    conforms(GROUPS[name])
 
 
 @pytest.mark.parametrize("n", [0, 5])

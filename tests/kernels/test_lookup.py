@@ -4,22 +4,19 @@ import types
 
 import jax
 import jax.numpy as jnp
-import pytest
 
 from bsjax.ops import _mosaic
-from bsjax.ops._lists import Lists
 from pallas_kernels import config
 from tests.helpers import Case, random_mask
 
 CASE = Case(mask=random_mask(4, 4, 0.5), block=64, n=4096)
 
 
-@pytest.mark.parametrize("transpose", [False, True])
-def test_the_key_is_that_of_the_tuner(monkeypatch, transpose):
+def test_the_key_is_that_of_the_tuner(monkeypatch):
     gpu = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200", core_count=132)
     monkeypatch.setattr(jax, "devices", lambda: [gpu])
-    x, lists = jnp.ones((4096, 256), jnp.bfloat16), Lists(CASE.pattern, transpose)
-    key = _mosaic._key("matmul", x, (64, 64), lists)
+    x = jnp.ones((4096, 256), jnp.bfloat16)
+    key = _mosaic._key("matmul", x, (64, 64), CASE.pattern.density)
     assert key == config.key("NVIDIA H200", "matmul", "bfloat16", (64, 64), 4096, 0.5)
     chosen = config.Config(tile=128, stages=2)
     monkeypatch.setattr(config, "table", lambda: {key: chosen})
@@ -29,4 +26,4 @@ def test_the_key_is_that_of_the_tuner(monkeypatch, transpose):
 
 def test_without_a_gpu_there_is_none():
     x = jnp.ones((8, 256), jnp.bfloat16)
-    assert _mosaic._key("matmul", x, (64, 64), Lists(CASE.pattern, False)) is None
+    assert _mosaic._key("matmul", x, (64, 64), 0.5) is None
