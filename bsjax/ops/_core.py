@@ -33,8 +33,22 @@ class Spec:
     out_dtype: Any
 
 
-def matmul(spec: Spec, transpose: bool, x: Array, values: Array, p: BlockPattern) -> Array:
-    """`x[..., k] @ S` or `x[..., m] @ S^T`, in `spec.out_dtype`."""
+def matmul(
+    spec: Spec,
+    transpose: bool,
+    x: Array,
+    values: Array,
+    p: BlockPattern,
+    probe: Array | None = None,
+) -> Array:
+    """`x[..., k] @ S` or `x[..., m] @ S^T`, in `spec.out_dtype`.
+
+    A `probe`, of the shape and dtype of the result, is never read: its cotangent is dy, and the
+    gradient of the values is left to who gave it.
+    """
+    if probe is not None:
+        x, values, p, probe = same_axes(x, values, p, probe)
+        return _probed(spec, transpose, x, values, p, probe)
     x, values, p = same_axes(x, values, p)
     # the reference is differentiated by plain autodiff: that is what makes it the law
     product = _run_matmul if spec.name == "reference" else _matmul
@@ -133,6 +147,24 @@ def _matmul_bwd(spec, transpose, residuals, dy):
     return dx, dvalues, None
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _probed(
+    spec: Spec, transpose: bool, x: Array, values: Array, p: BlockPattern, probe: Array
+) -> Array:
+    return _run_matmul(spec, transpose, x, values, p)
+
+
+def _probed_fwd(spec, transpose, x, values, p, probe):
+    # of x only the dtype is needed; a second derivative is not probed
+    return _matmul(spec, transpose, x, values, p), (jnp.zeros(0, x.dtype), values, p)
+
+
+def _probed_bwd(spec, transpose, residuals, dy):
+    like, values, p = residuals
+    dy = jnp.asarray(dy)
+    return _matmul(to(spec, like), not transpose, dy, values, p), None, None, dy
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sddmm(spec: Spec, x: Array, y: Array, p: BlockPattern) -> Array:
     return _run_sddmm(spec, x, y, p)
@@ -151,6 +183,7 @@ def _sddmm_bwd(spec, residuals, dv):
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
+_probed.defvjp(_probed_fwd, _probed_bwd)
 _sddmm.defvjp(_sddmm_fwd, _sddmm_bwd)
 
 

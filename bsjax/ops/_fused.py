@@ -42,11 +42,15 @@ def matmul(
     p: BlockPattern,
     bias: Array | None,
     residual: Array | None,
+    probe: Array | None = None,
 ) -> Array:
-    """The product with its epilogue, in the dtype of x, rounded once."""
-    x, values, p, bias, residual = _core.same_axes(x, values, p, bias, residual)
-    values = values.astype(x.dtype)
-    return _fused(spec, transpose, form, x, values, p, bias, residual)
+    """The product with its epilogue, in the dtype of x, rounded once.
+
+    A `probe`, of the shape of `x @ S` and the dtype of x, is never read: its cotangent is that of
+    the sums, and the gradient of the values is left to who gave it.
+    """
+    args = _core.same_axes(x, values.astype(x.dtype), p, bias, residual, probe)
+    return _fused(spec, transpose, form, *args)
 
 
 def _run(transpose, form, keep, x, values, p, bias, residual):
@@ -80,7 +84,7 @@ def _run_now(transpose, form, keep, *args):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _fused(spec, transpose, form, x, values, p, bias, residual):
+def _fused(spec, transpose, form, x, values, p, bias, residual, probe):
     return _run_now(transpose, form, False, x, values, p, bias, residual)[0]
 
 
@@ -93,8 +97,9 @@ def _kept(spec, transpose, form, x, values, p, bias, residual):
 
 
 def _fused_fwd(spec, transpose, form, *args):
-    out, saved = _kept_fwd(spec, transpose, form, *args)
-    return out[0], saved
+    *args, probe = args
+    (y, _), (x, *saved) = _kept_fwd(spec, transpose, form, *args)
+    return y, (None if probe is not None else x, *saved)
 
 
 def _kept_fwd(spec, transpose, form, x, values, p, bias, residual):
@@ -103,17 +108,19 @@ def _kept_fwd(spec, transpose, form, x, values, p, bias, residual):
 
 
 def _fused_bwd(spec, transpose, form, saved, dy):
-    return _chain(spec, transpose, form, saved, dy, None)
+    *grads, dsums = _chain(spec, transpose, form, saved, dy, None)
+    return *grads, dsums if saved[0] is None else None
 
 
 def _kept_bwd(spec, transpose, form, saved, cotangents):
     dy, dbefore = cotangents
     if form == Form(None):  # both are y
-        return _chain(spec, transpose, form, saved, dy + dbefore, None)
-    return _chain(spec, transpose, form, saved, dy, dbefore)
+        return _chain(spec, transpose, form, saved, dy + dbefore, None)[:-1]
+    return _chain(spec, transpose, form, saved, dy, dbefore)[:-1]
 
 
 def _chain(spec, transpose, form, saved, dy, dbefore):
+    """The gradients of all arguments, and of the sums. Without x, none of the values."""
     x, values, p, bias, residual, before = saved
     dy = jnp.asarray(dy)
     slope = dy.astype(jnp.float32)
@@ -123,13 +130,16 @@ def _chain(spec, transpose, form, saved, dy, dbefore):
         slope = jax.vjp(apply, before.astype(jnp.float32))[1](slope)[0]
     if dbefore is not None:
         slope = slope + jnp.asarray(dbefore).astype(jnp.float32)
-    dsums = slope.astype(x.dtype)
-    dx = _core.matmul(_core.to(spec, x), not transpose, dsums, values, p)
-    dvalues = _core.sddmm(_core.to(spec, values), *((dsums, x) if transpose else (x, dsums)), p)
-    dbias = None
+    dsums = slope.astype(before.dtype)  # that of x
+    dx = _core.matmul(_core.to(spec, before), not transpose, dsums, values, p)
+    dvalues = dbias = None
+    if x is not None:
+        pair = (dsums, x) if transpose else (x, dsums)
+        dvalues = _core.sddmm(_core.to(spec, values), *pair, p)
     if bias is not None:
         dbias = jnp.sum(slope, axis=tuple(range(slope.ndim - 1))).astype(bias.dtype)
-    return dx, dvalues, None, dbias, None if residual is None else dy.astype(residual.dtype)
+    dresidual = None if residual is None else dy.astype(residual.dtype)
+    return dx, dvalues, None, dbias, dresidual, dsums
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)
