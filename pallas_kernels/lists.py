@@ -35,34 +35,30 @@ def of_pattern(
     *,
     columns: int = 1,
     transpose: bool = False,
-    keep: Array | None = None,
 ) -> Steps:
     """Of `x @ S` or `x @ S^T`, for a pattern of a `grid` that is sorted by column, then by row."""
     r, c = grid
     if transpose:
-        return grouped(row, col, (c, r), columns, keep)
-    if columns > 1 or keep is not None:
-        return grouped(col, row, (r, c), columns, keep)
-    return plain(col, row, c)
+        return _grouped(row, col, (c, r), columns)
+    if columns > 1:
+        return _grouped(col, row, (r, c), columns)
+    return Steps(pointers(col, c), row, jnp.arange(row.shape[0], dtype=jnp.int32)[None])
 
 
-def plain(target: Array, source: Array, outputs: int) -> Steps:
-    """Groups of one output block, where slots are sorted by `target` and none is left out."""
-    blocks = jnp.arange(outputs + 1, dtype=jnp.int32)
-    # by comparison: one kernel on a GPU, where a binary search is a loop of many
-    ptr = jnp.sum(target[None] < blocks[:, None], axis=1, dtype=jnp.int32)
-    return Steps(ptr, source, jnp.arange(source.shape[0], dtype=jnp.int32)[None])
+def pointers(blocks: Array, count: int) -> Array:
+    """Where each of so many `blocks`, which are sorted, begins; the last is where spares do.
+
+    By comparison: one kernel on a GPU, where a binary search is a loop of many.
+    """
+    each = jnp.arange(count + 1, dtype=jnp.int32)
+    return jnp.sum(blocks[None] < each[:, None], axis=1, dtype=jnp.int32)
 
 
-def grouped(
-    target: Array, source: Array, grid: tuple[int, int], columns: int, keep: Array | None = None
-) -> Steps:
-    """Of a `grid` (inputs, outputs), with slots in any order: those that `keep` says."""
+def _grouped(target: Array, source: Array, grid: tuple[int, int], columns: int) -> Steps:
+    """Of a `grid` (inputs, outputs), with slots in any order."""
     (inputs, outputs), e = grid, source.shape[0]
     groups, kinds = -(-outputs // columns), parts(columns)
     rows = groups * columns
-    if keep is not None:
-        target = jnp.where(keep, target, rows)
     slot_of = jnp.full((rows, inputs), -1, jnp.int32)
     slot_of = slot_of.at[target, source].set(jnp.arange(e, dtype=jnp.int32), mode="drop")
     free = slot_of.reshape(groups, columns, inputs) >= 0

@@ -19,26 +19,25 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _ring, _workers
 from pallas_kernels.config import ROWS, SLICE, Config
-from pallas_kernels.lists import Steps
 
 
 def sddmm(
     x: Array,
     y: Array,
-    steps: Steps,
+    row: Array,
+    ptr: Array,
     config: Config,
     *,
     block: tuple[int, int],
     out_dtype: Any,
 ) -> Array:
-    """`v[slots[i]] = x[:, source[i]]^T @ y[:, j]` for i in `ptr[j]..ptr[j + 1]`: `v[e, *block]`.
+    """`v[i] = x[:, row[i]]^T @ y[:, j]` for i in `ptr[j]..ptr[j + 1]`: `v[e, *block]`.
 
-    What no step writes holds anything. Tokens must be a multiple of `config.depth`,
+    Slots from `ptr[-1]` on hold anything. Tokens must be a multiple of `config.depth`,
     `config.tile` a multiple of the height of a block; there must be tokens and at least one slot.
     """
     height, width = block
     most = config.tile // height  # stored blocks in a group
-    ptr, row, slot = steps.ptr, steps.source, steps.slots[0]
     columns, e = ptr.shape[0] - 1, row.shape[0]
     groups, total = _groups(ptr, most, min(e, e // most + columns))
     each = x.shape[0] // config.depth + 1  # one more, to write
@@ -57,13 +56,13 @@ def sddmm(
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
     )
-    v, pieces = run(x, y, row, slot, groups, shares.spans)
+    v, pieces = run(x, y, row, groups, shares.spans)
 
     def write(group, first_row, sums, outs, tables, staging):
-        _write(sums, staging, outs[0], first_row, *tables, group)
+        _write(sums, staging, outs[0], first_row, tables[0], group)
 
     scratch = (_staging(ROWS, width, out_dtype),)
-    (v,) = _workers.join((v,), pieces, shares, config, write, scratch, slot, groups)
+    (v,) = _workers.join((v,), pieces, shares, config, write, scratch, groups)
     return v
 
 
@@ -83,7 +82,7 @@ def _groups(ptr: Array, most: int, room: int) -> tuple[Array, Array]:
     return jnp.stack([first, last - first, column]).astype(jnp.int32), ends[-1]
 
 
-def _sddmm(x, y, row, slot, groups, spans, v, pieces, *, config: Config, block: tuple[int, int]):
+def _sddmm(x, y, row, groups, spans, v, pieces, *, config: Config, block: tuple[int, int]):
     height, width = block
     depth, most, rows = config.depth, config.tile // height, config.tile // config.warpgroups
     narrow, wide = height < ROWS, min(height, ROWS)
@@ -150,7 +149,7 @@ def _sddmm(x, y, row, slot, groups, spans, v, pieces, *, config: Config, block: 
 
             @pl.when(at.whole)
             def _():
-                _write(sums, staging.at[mine], v, warpgroup * rows, slot, groups, at.tile)
+                _write(sums, staging.at[mine], v, warpgroup * rows, groups, at.tile)
 
             _workers.keep(sums, at, worker, pieces, mine, config)
             return turn
@@ -179,7 +178,7 @@ def _staging(rows: int, width: int, dtype: Any) -> Any:
     return _ring.swizzled((rows, columns), columns, dtype)
 
 
-def _write(sums, staging, v, first_row, slot, groups, group) -> None:
+def _write(sums, staging, v, first_row, groups, group) -> None:
     """Writes those rows of a group, from `first_row` on, that belong to stored blocks."""
     rows, height = sums.shape[0], v.shape[1]
     part = min(rows, height)
@@ -192,7 +191,7 @@ def _write(sums, staging, v, first_row, slot, groups, group) -> None:
             @pl.when(i < count)
             def _(k=k, i=i, start=start):
                 plgpu.copy_smem_to_gmem(
-                    staging.at[pl.ds(k, part)], v.at[slot[first + i], pl.ds(start, part), columns]
+                    staging.at[pl.ds(k, part)], v.at[first + i, pl.ds(start, part), columns]
                 )
 
     _ring.store(sums, staging, copy)

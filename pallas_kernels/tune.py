@@ -103,8 +103,8 @@ def job(problem: Problem, seed: int = 0) -> Job:
 
         def sddmm(chosen: Config, x: Array, y: Array, row: Array, col: Array) -> Array:
             x, y = (_padded(a, chosen.depth) for a in (x, y))
-            steps = lists.of_pattern(row, col, (r, c))
-            return sampled_dense.sddmm(x, y, steps, chosen, block=(br, bc), out_dtype=dtype)
+            ptr = lists.pointers(col, c)
+            return sampled_dense.sddmm(x, y, row, ptr, chosen, block=(br, bc), out_dtype=dtype)
 
         x, y = normal(n, k), normal(n, m)
         full = jnp.dot(x.T, y, preferred_element_type=jnp.float32)

@@ -170,9 +170,9 @@ def sddmm(
         options = {"n": x.shape[0], "tuned": tuned}
         chosen = _unsplit(config.for_sddmm(p.block, bytes_, multiprocessors(), **options))
         x, y, row, col = _alike(_padded(x, chosen.depth), _padded(y, chosen.depth), row, col)
-        steps = lists.of_pattern(row, col, p.grid)
-        v = sampled_dense.sddmm(x, y, steps, chosen, block=p.block, out_dtype=out_dtype)
-        stored = jnp.arange(p.capacity, dtype=jnp.int32) < steps.ptr[-1]
+        ptr = lists.pointers(col, p.grid[1])
+        v = sampled_dense.sddmm(x, y, row, ptr, chosen, block=p.block, out_dtype=out_dtype)
+        stored = jnp.arange(p.capacity, dtype=jnp.int32) < ptr[-1]
         return jnp.where(stored[:, None, None], _mesh.vary(v, _mesh.varying(x)), 0)
 
     return _on_each_device(run, (x, y), (p.row, p.col), "n i, n o, e, e -> e a b")

@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bsjax.ops import _core, _fused, _mesh, _reference
+from bsjax.ops import _core, _fused, _gate, _mesh, _reference
 from bsjax.ops import _validate as validate
 from bsjax.ops._activations import Activation, named
 from bsjax.ops._choose import Implementation, Problem, check
@@ -29,7 +29,8 @@ def matmul(
 
     S is zero outside the stored blocks, which are `values[e, br, bc]`. With `transpose=True` the
     product is `x[..., m] @ S^T`, from the same values. `gate[e]` scales each stored block, and its
-    gradient is `<dS, values>` per block.
+    gradient is `<dS, values>` per block, also where the gate is 0. A block with gate 0 is left out:
+    no product reads it (that of dvalues only if the gradient of the gate is asked for).
 
     Sums are kept in float32 (float64 for float64 operands); `y` has the dtype of `x`, rounded
     once. `precision=None` means full float32 for float32 operands.
@@ -52,7 +53,6 @@ def matmul(
     if gate is not None:
         gate = validate.array(op, "gate", gate)
         validate.shape(op, "gate", gate, (p.capacity,), "one number for each slot")
-        values = _gated(values, gate, p)
     if bias is not None:
         bias = validate.array(op, "bias", bias)
         validate.shape(op, "bias", bias, (m,), "one number for each feature of the output")
@@ -64,13 +64,20 @@ def matmul(
     bare = bias is None and act is None and residual is None
     dtype = x.dtype if bare else _reference.accumulator(x, values)
     spec = _spec(op, operands, p, precision, implementation, dtype)
+    form = None
+    if not bare and not callable(activation) and _one_kernel(spec, x, p, residual):
+        form = _fused.Form(activation)
+    probe = None
+    if gate is not None and spec.name == "reference":
+        values = _gate.scaled(values, gate, p)
+    elif gate is not None:
+        sums = _core.to(spec, x) if form else spec
+        values, p, probe = _gate.applied(sums, transpose, x, values, gate, p)
     if spec.name == "mosaic":  # gated values are rounded: the tensor cores take 16 bits
         values = values.astype(operands[1].dtype)
-        if not bare and not callable(activation) and _one_kernel(x, p, residual):
-            return _fused.matmul(
-                spec, transpose, _fused.Form(activation), x, values, p, bias, residual
-            )
-    y = _core.matmul(spec, transpose, x, values, p)
+    if form:
+        return _fused.matmul(spec, transpose, form, x, values, p, bias, residual, probe)
+    y = _core.matmul(spec, transpose, x, values, p, probe)
     if bias is not None:
         y = _mesh.per_token(jnp.add, y, jnp.broadcast_to(bias.astype(y.dtype), (1, m)))
     if act is not None:
@@ -138,7 +145,7 @@ def glu(
     (r, c), (br, bc) = p.grid, p.block
     pair = BlockPattern(p.row, p.col, (r, c), (br, 2 * bc))
     spec = _spec(op, (x, both), pair, precision, implementation, _reference.accumulator(x, both))
-    if spec.name == "mosaic" and not callable(activation) and _one_kernel(x, pair, None):
+    if not callable(activation) and _one_kernel(spec, x, pair, None):
         form = _fused.Form(activation, gated=True)
         return _fused.matmul(spec, False, form, x, both, pair, None, None)
     y = _core.matmul(spec, False, x, both, pair)
@@ -182,14 +189,7 @@ def _spec(
     return _core.Spec(wanted, validate.precision(op, precision), dtype)
 
 
-def _one_kernel(x: Array, p: BlockPattern, residual: Array | None) -> bool:
-    """Whether the kernel can write y itself, at no pass over memory for the epilogue."""
-    return _mesh.tokens(x) * p.capacity > 0 and (residual is None or residual.dtype == x.dtype)
-
-
-def _gated(values: Array, gate: Array, p: BlockPattern) -> Array:
-    """`gate * values` before rounding. A spare slot may hold anything, NaN too, and the gradient of
-    its gate is zero all the same."""
-    dtype = _reference.accumulator(values, gate)
-    stored = (p.col < p.grid[1])[:, None, None]
-    return jnp.where(stored, values.astype(dtype), 0) * gate.astype(dtype)[:, None, None]
+def _one_kernel(spec: _core.Spec, x: Array, p: BlockPattern, residual: Array | None) -> bool:
+    """Whether a kernel can write y itself, at no pass over memory for the epilogue."""
+    able = residual is None or residual.dtype == x.dtype
+    return spec.name == "mosaic" and _mesh.tokens(x) * p.capacity > 0 and able

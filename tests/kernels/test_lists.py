@@ -11,13 +11,11 @@ from pallas_kernels import config, lists
 SHAPES = [(1, 1), (3, 2), (2, 5), (4, 7)]  # shapes compile, so they are few
 
 
-def walked(mask, columns, keep=None):
+def walked(mask, columns):
     """What a kernel walks: for each group and part, (input block, slots of the members)."""
     col, row = np.nonzero(mask.T)
     r, c = mask.shape
     slot = {(int(i), int(j)): k for k, (i, j) in enumerate(zip(row, col, strict=True))}
-    if keep is not None:
-        slot = {place: k for place, k in slot.items() if keep[k]}
     result = []
     for group in range(-(-c // columns)):
         for first, width in lists.parts(columns):
@@ -37,14 +35,24 @@ def walked(mask, columns, keep=None):
     return result
 
 
-def tables(mask, columns, capacity, keep=None):
+def turned(mask, columns):
+    """The same of the transpose, whose values lie in the order of the pattern itself."""
+    order = np.argsort(np.nonzero(mask.T)[1], kind="stable")
+    return [
+        [(i, [int(order[s]) for s in slots]) for i, slots in part]
+        for part in walked(mask.T, columns)
+    ]
+
+
+def tables(mask, columns, capacity, transpose=False):
     col, row = np.nonzero(mask.T)
     spare = capacity - len(row)
     r, c = mask.shape
     row, col = (
         np.concatenate([a, np.full(spare, n)]).astype(np.int32) for a, n in ((row, r), (col, c))
     )
-    return lists.grouped(jnp.asarray(col), jnp.asarray(row), mask.shape, columns, keep)
+    row, col = jnp.asarray(row), jnp.asarray(col)
+    return lists.of_pattern(row, col, mask.shape, columns=columns, transpose=transpose)
 
 
 def check(steps, want, columns):
@@ -61,28 +69,19 @@ def check(steps, want, columns):
         assert found == part
 
 
-@hypothesis.given(
-    st.sampled_from(SHAPES), st.sampled_from([1, 2, 4]), st.integers(0, 2**31), st.booleans()
-)
-def test_every_stored_block_once(shape, columns, seed, some):
+@hypothesis.given(st.sampled_from(SHAPES), st.sampled_from([1, 2, 4]), st.integers(0, 2**31))
+def test_every_stored_block_once(shape, columns, seed):
     rng = np.random.default_rng(seed)
     mask = rng.random(shape) < rng.choice([0.0, 0.3, 0.8, 1.0])
-    capacity = mask.size + 1
-    keep = np.arange(capacity) % 2 == 0 if some else None
-    steps = tables(mask, columns, capacity, None if keep is None else jnp.asarray(keep))
-    check(steps, walked(mask, columns, keep), columns)
+    steps = tables(mask, columns, mask.size + 1)
+    check(steps, walked(mask, columns), columns)
+    check(tables(mask, columns, mask.size + 1, True), turned(mask, columns), columns)
 
 
 def test_many_inputs_are_counted_as_well():
     """Beyond what a triangular product counts."""
     mask = np.random.default_rng(0).random((lists.PRODUCT + 3, 2)) < 0.5
     check(tables(mask, 2, int(mask.sum()) + 2), walked(mask, 2), 2)
-
-
-def test_plain_is_one_column_each():
-    mask = np.random.default_rng(1).random((4, 7)) < 0.4
-    col, row = (jnp.asarray(a, jnp.int32) for a in np.nonzero(mask.T))
-    check(lists.plain(col, row, 7), walked(mask, 1), 1)
 
 
 @pytest.mark.parametrize("columns", [1, 2, 4])
