@@ -6,7 +6,7 @@ transpose.
 """
 
 import numpy as np
-from jaxtyping import Float32, Int
+from jaxtyping import Bool, Float32, Int
 
 from bsjax.patterns import _check as check
 from bsjax.patterns._check import Count, Grid, Mask, MaskLike, Share
@@ -105,7 +105,7 @@ def _power_of_two(where: str, group: Count) -> int:
     return size
 
 
-def _joined(full: Mask, pairs: Pairs) -> Mask:
+def _joined(full: Mask, pairs: Pairs) -> Bool[np.ndarray, "r pairs"]:
     """Which rows both of a pair store."""
     return full[:, pairs[:, 0]] & full[:, pairs[:, 1]]
 
