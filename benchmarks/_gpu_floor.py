@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bsjax.patterns import reads_per_block
+
 SIZE = 2  # bytes of a number
 # what is left of the tensor cores' rate where a product is so narrow: one operand is read again
 # from shared memory for each of its columns
@@ -84,13 +86,11 @@ class Sizes(NamedTuple):
         return SIZE * (self.n * sum(self.shape) + values)
 
 
-def matmul(
-    sizes: Sizes, tile: int, *, columns: int = 1, union: float = 1.0, cluster: int = 1
-) -> Work:
-    """Output tiles of `tile` rows and `columns` block-columns, whose stored rows are together
-    `union` times those of one on average; weights are shared by `cluster` programs."""
+def matmul(sizes: Sizes, tile: int, *, reads: float = 1.0, cluster: int = 1) -> Work:
+    """Output tiles of `tile` rows, whose tokens are read `reads` times for each stored block: less
+    than once where block-columns share them. Weights are shared by `cluster` programs."""
     n, _, (height, width), stored = sizes
-    tokens = n * height * stored * union / columns
+    tokens = n * height * stored * reads
     weights = math.ceil(n / tile) * stored * height * width / cluster
     return Work(sizes.flops, width, SIZE * (tokens + weights), sizes.bytes)
 
@@ -122,12 +122,13 @@ def groups(mask: np.ndarray, most: int) -> int:
     return int(np.sum(-(-mask.sum(0) // max(1, most))))
 
 
-def launched(product: str, sizes: Sizes, mask: np.ndarray, tile: int) -> Work:
-    """As kernels with such tiles do it that share nothing else. `mask` is that of the product:
-    transposed for dx."""
+def launched(product: str, sizes: Sizes, mask: np.ndarray, tile: int, columns: int = 1) -> Work:
+    """As kernels with such tiles do it that share nothing else: of so many `columns` side by side,
+    those that store the same rows read them once, as `reads_per_block` counts. `mask` is that of
+    the product: transposed for dx."""
     if product == "dvalues":
         return sddmm(sizes, groups(mask, tile // sizes.block[0]))
-    return matmul(sizes, tile)
+    return matmul(sizes, tile, reads=reads_per_block(mask, columns))
 
 
 def best(product: str, sizes: Sizes, mask: np.ndarray, ceilings: Ceilings) -> Floor:
@@ -141,9 +142,7 @@ def best(product: str, sizes: Sizes, mask: np.ndarray, ceilings: Ceilings) -> Fl
                 works.append(sddmm(sizes, groups(mask, most), cluster=cluster))
             elif product != "dvalues":
                 works += [
-                    matmul(
-                        sizes, tile, columns=columns, union=unions(mask, columns), cluster=cluster
-                    )
+                    matmul(sizes, tile, reads=unions(mask, columns) / columns, cluster=cluster)
                     for columns in COLUMNS
                     if tile * columns * width <= SUMS
                 ]

@@ -30,6 +30,7 @@ from bsjax.patterns._grids import (
     random,
     stretch,
 )
+from bsjax.patterns._groups import grouped, reads_per_block, similar_columns
 
 __all__ = [
     "DegreeBalance",
@@ -43,9 +44,12 @@ __all__ = [
     "clustering",
     "degree_balance",
     "global_blocks",
+    "grouped",
     "lower_triangular",
     "mixing_profile",
     "random",
+    "reads_per_block",
+    "similar_columns",
     "small_world",
     "spectral_gap",
     "stretch",

@@ -72,6 +72,20 @@ def share(where: str, name: str, value: object) -> float:
     return number
 
 
+def stored(where: str, grid: tuple[int, int], density: object, per_column: object) -> int:
+    """How many blocks of the grid the one of the two that is given asks for."""
+    r, c = grid
+    if (density is None) == (per_column is None):
+        raise ValueError(
+            f"{where}: give one of `density` and `per_column`, got "
+            f"{'neither' if density is None else 'both'}: `density` is a share of the grid, "
+            "`per_column` the number of blocks in each block-column."
+        )
+    if density is None:
+        return count(where, "per_column", per_column, 0, r) * c
+    return round(share(where, "density", density) * r * c)
+
+
 def generator(where: str, seed: object) -> np.random.Generator:
     """The source of all randomness of one mask."""
     return np.random.default_rng(count(where, "seed", seed, 0))

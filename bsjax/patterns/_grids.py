@@ -39,18 +39,13 @@ def balanced(
     always ends.
     """
     r, c = check.pair("balanced", "grid", grid)
-    if (density is None) == (per_column is None):
-        raise ValueError(
-            "balanced: give one of `density` and `per_column`, got "
-            f"{'neither' if density is None else 'both'}: `density` is a share of the grid, "
-            "`per_column` the number of blocks in each block-column."
-        )
-    if density is None:
-        stored = check.count("balanced", "per_column", per_column, 0, r) * c
-    else:
-        stored = round(check.share("balanced", "density", density) * r * c)
-    rng = check.generator("balanced", seed)
+    stored = check.stored("balanced", (r, c), density, per_column)
+    return deal((r, c), stored, check.generator("balanced", seed))
 
+
+def deal(grid: tuple[int, int], stored: int, rng: np.random.Generator) -> Mask:
+    """A mask of `stored` blocks, as `balanced` draws it."""
+    r, c = grid
     # Dealt out like cards, the blocks of a column go to neighbouring rows and no row gets two more
     # than another.
     column = np.repeat(np.arange(c), [stored // c + (j < stored % c) for j in range(c)])

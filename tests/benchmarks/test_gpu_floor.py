@@ -17,6 +17,7 @@ from benchmarks._gpu_floor import (
     sddmm,
     unions,
 )
+from bsjax import patterns
 
 SIDE = 8192
 DENSE = floor(floors.dense(SIDE, (SIDE, SIDE)), Ceilings()).seconds
@@ -72,7 +73,7 @@ def test_dvalues_of_lonely_blocks():
 def test_columns_that_share_the_tokens_of_their_union(density, block, columns, ceiling):
     """The ceilings over the dense product, of four programs that share weights."""
     union = (1 - (1 - density) ** columns) / density
-    work = matmul(sizes(block, density), 128, columns=columns, union=union, cluster=4)
+    work = matmul(sizes(block, density), 128, reads=union / columns, cluster=4)
     assert density * DENSE / floor(work, Ceilings()).seconds == pytest.approx(ceiling, abs=0.01)
 
 
@@ -131,6 +132,49 @@ def test_columns_that_store_the_same_rows_share_them():
     assert best("forward", across, hub.T, Ceilings(memory=1e30)).seconds > shared.seconds
 
 
+@pytest.mark.parametrize("columns", [1, 2, 4])
+def test_a_launch_reads_what_columns_share_once(columns):
+    """Bytes of tokens by the definition, at 256 columns of 64 blocks; those of weights are left."""
+    rng = np.random.default_rng(0)
+    stored = rng.random((64, 16)) < 0.5
+    stored[:, 4:8] = stored[:, 4:5]  # one group of four that is alike
+    reads = 0
+    for group in np.split(stored, 16 // columns, axis=1):
+        for row in group:
+            halves = [row] if columns < 4 else np.split(row, 2)
+            each = [1 if half.all() else half.sum() for half in halves]
+            reads += 1 if row.all() else sum(each)
+    size = Sizes(256, (4096, 1024), (64, 64), int(stored.sum()))
+    for product in ("forward", "dx"):
+        work = floors.launched(product, size, stored, 128, columns)
+        weights = 2 * stored.sum() * 64 * 64
+        assert work.l2 == pytest.approx(2 * (256 * 64 * reads + weights))
+        assert work[:2] == matmul(size, 128)[:2]
+    assert floors.launched("forward", size, stored, 128).l2 == matmul(size, 128).l2
+    lonely = floors.launched("dvalues", size, stored, 128)
+    assert floors.launched("dvalues", size, stored, 128, columns) == lonely
+
+
+@pytest.mark.parametrize(("pattern", "group"), [("kind 2", 2), ("kind 4", 4)])
+def test_kind_patterns_share_what_they_store(pattern, group):
+    case = GpuCase(block=(64, 64), density=0.25, pattern=pattern)
+    stored = mask(case)
+    assert stored.mean() == 0.25
+    assert not np.array_equal(stored, mask(case, 1))
+    shared = np.repeat(stored[:, ::group], group, axis=1)
+    np.testing.assert_array_equal(stored, shared)
+    assert patterns.reads_per_block(stored, 2 * group) > 0.8 / group  # and groups differ
+    for product, less in (("forward", True), ("dx", False), ("dvalues", False)):
+        alone, ours = (
+            predicted(case, product, 128, Ceilings(), columns=columns)["tile_floor_ms"]
+            for columns in (1, group)
+        )
+        assert (ours < 0.8 * alone) == less
+    for columns in (1, 2, 4):  # as many as two warpgroups hold sums for
+        one = predicted(case, "forward", 128, Ceilings(), columns=columns)
+        assert one["floor_ms"] <= one["tile_floor_ms"]
+
+
 def test_dx_is_the_product_with_the_transpose(monkeypatch):
     """Blocks of 64 x 256 are 64 columns wide for dx, and its columns are their rows."""
     stored = np.zeros((64, 16), bool)
@@ -157,6 +201,9 @@ def test_the_cases_are_those_of_the_design():
     assert few == {(64, (12288, 12288), 0.03)}
     assert any(case.pattern == "hub" for case in every)
     assert any(case.block == (64, 256) for case in every)
+    kind = {(case.pattern, case.density) for case in every if case.pattern.startswith("kind")}
+    assert kind == {(f"kind {g}", d) for g in (2, 4) for d in (0.1, 0.25, 0.5)}
+    assert {case.pattern for case in FIRST} >= {"random", "kind 4"}
 
 
 def test_goals():
@@ -168,6 +215,11 @@ def test_goals():
     assert of((64, 256), 0.1, "forward") == {"of_floor": 0.8, "efficiency": 0.85}
     assert of((64, 256), 0.05, "forward") == {"of_floor": 0.8}
     assert of((64, 64), 0.1, "dx", pattern="hub") == {"of_floor": 0.8, "over_twin": 1.15}
+    kind = {"pattern": "kind 4"}
+    assert of((64, 64), 0.1, "forward", **kind) == {"of_floor": 0.8, "efficiency": 0.85}
+    assert of((64, 64), 0.1, "dx", **kind) == {"of_floor": 0.8, "efficiency": 0.42}
+    assert of((64, 64), 0.05, "forward", **kind) == {"of_floor": 0.8, "efficiency": 0.38}
+    assert of((64, 64), 0.1, "forward", pattern="kind 2") == {"of_floor": 0.8, "efficiency": 0.42}
     few = {"tokens": 64, "shape": (12288, 12288)}
     assert of((32, 32), 0.03, "forward", **few) == {"of_floor": 0.8, "speedup": 10}
     assert of((64, 64), 0.1, "dx", dtype="float16") == {"of_floor": 0.8}

@@ -60,6 +60,14 @@ def test_hubs_run_beside_their_twin():
     assert "over_twin 2.00 of 1.15 MISSED" in next(_gpu_suite.lines(records))
 
 
+def test_kind_patterns_are_measured_like_others():
+    case = GpuCase(block=(16, 16), density=0.5, pattern="kind 4", **SMALL)
+    records = measure(case)
+    assert [one["ms"] for one in records] == [2, 2, 2]
+    assert {(one["pattern"], one["stored_blocks"]) for one in records} == {("kind 4", 32)}
+    assert records[0]["case"].endswith("16x16 0.5 kind 4")
+
+
 def test_a_wrong_result_has_no_speed(monkeypatch):
     real = _products.SPARSE["dx"]
     spoiled = dict(_products.SPARSE, dx=lambda *args, **more: 1.1 * real(*args, **more))

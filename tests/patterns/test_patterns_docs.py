@@ -11,6 +11,10 @@ from bsjax import patterns, plot
 TEXT = (Path(__file__).parents[2] / "docs" / "patterns.md").read_text(encoding="utf-8")
 TABLE = re.findall(r"^\| `([^`]+)` \| ([\d.]+% .*) \|$", TEXT, re.MULTILINE)
 
+READS = re.findall(
+    r"^\| (\d+)% \| (\d) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", TEXT, re.MULTILINE
+)
+
 
 def test_code_runs():
     mpl.use("Agg")
@@ -42,8 +46,21 @@ def test_table(call, cells):
     assert [patterns.degree_balance(mask).columns.imbalance] == pytest.approx(imbalance, rel=0.3)
 
 
+@pytest.mark.parametrize("row", READS, ids=[f"{d}% in groups of {g}" for d, g, *_ in READS])
+def test_reads(row):
+    """Within what another random stream may change."""
+    percent, group, *numbers = map(float, row)
+    grid, density, group = (128, 128), percent / 100, int(group)
+    mask = patterns.random(grid, density)
+    order = patterns.similar_columns(mask, group)
+    masks = [mask, mask[:, order], patterns.grouped(grid, density, group=(1, group))]
+    found = [patterns.reads_per_block(one, group) for one in masks]
+    assert found == pytest.approx(numbers, abs=0.015)
+
+
 def test_nothing_is_missing():
     assert len(TABLE) == 8
+    assert len(READS) == 6
     drawn = {name for name, thing in vars(plot).items() if callable(thing) and name[0].islower()}
     ours = {name for name in drawn if getattr(plot, name).__module__ == "bsjax.plot"}
     for name in {*patterns.__all__, *ours} - {"Degrees", "DegreeBalance"}:
