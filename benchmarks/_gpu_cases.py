@@ -124,22 +124,16 @@ FIRST, REST = _cases()
 
 
 def predicted(
-    case: GpuCase,
-    product: str,
-    tile: int,
-    ceilings: Ceilings,
-    seed: int = 0,
-    *,
-    columns: int = 1,
+    case: GpuCase, product: str, config: Mapping[str, Any], ceilings: Ceilings, seed: int = 0
 ) -> dict[str, Any]:
-    """The floors, in milliseconds: of the best ways to share, of tiles of that size and of so many
-    block-columns that share nothing else, and of the dense product; the FLOP/s that follow, over
-    the dense product's."""
+    """The floors, in milliseconds: of the best ways to share, of a kernel launched as `config`
+    says, and of the dense product; the FLOP/s that follow, over the dense product's."""
     stored = mask(case, seed)
     stored = stored.T if product == "dx" else stored
     sizes = case.sizes(product, int(stored.sum()))
     least = floors.best(product, sizes, stored, ceilings)
-    ours = floors.floor(floors.launched(product, sizes, stored, tile, columns), ceilings)
+    shares = (config[name] for name in ("tile", "columns", "cluster"))
+    ours = floors.floor(floors.launched(product, sizes, stored, *shares), ceilings)
     dense = floors.floor(floors.dense(case.tokens, case.shape), ceilings)
     return {
         "floor_ms": 1e3 * least.seconds,

@@ -122,13 +122,15 @@ def groups(mask: np.ndarray, most: int) -> int:
     return int(np.sum(-(-mask.sum(0) // max(1, most))))
 
 
-def launched(product: str, sizes: Sizes, mask: np.ndarray, tile: int, columns: int = 1) -> Work:
-    """As kernels with such tiles do it that share nothing else: of so many `columns` side by side,
-    those that store the same rows read them once, as `reads_per_block` counts. `mask` is that of
-    the product: transposed for dx."""
+def launched(
+    product: str, sizes: Sizes, mask: np.ndarray, tile: int, columns: int = 1, cluster: int = 1
+) -> Work:
+    """As kernels with such tiles do it: of so many `columns` side by side, those that store the
+    same rows read them once, as `reads_per_block` counts, and a `cluster` reads weights once.
+    `mask` is that of the product: transposed for dx."""
     if product == "dvalues":
         return sddmm(sizes, groups(mask, tile // sizes.block[0]))
-    return matmul(sizes, tile, reads=reads_per_block(mask, columns))
+    return matmul(sizes, tile, reads=reads_per_block(mask, columns), cluster=cluster)
 
 
 def best(product: str, sizes: Sizes, mask: np.ndarray, ceilings: Ceilings) -> Floor:

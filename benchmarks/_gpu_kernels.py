@@ -1,11 +1,13 @@
 """What the benchmarks know of the kernels: their configurations, their tuner and its clock."""
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks._gpu_cases import GpuCase, mask
 from pallas_kernels import _clock, config, tune
 from pallas_kernels.tune import PROBLEMS, Problem
 
@@ -16,17 +18,17 @@ QUEUED, kernel_seconds, queued_seconds = _clock.QUEUED, _clock.kernel_seconds, _
 said, wrong, WRONG = _clock.said, _clock.wrong, _clock.WRONG
 
 
-def chosen(
-    product: str, n: int, block: tuple[int, int], density: float, device: str, dtype: str
-) -> dict[str, Any]:
-    """How the kernel of a product is launched; `block` as stored."""
-    operation = OPERATIONS[product]
-    sizes = (block[1], block[0]) if product == "dx" else block
-    tuned = config.key(device, operation, dtype, sizes, n, density)
+def chosen(product: str, case: GpuCase, device: str = "", seed: int = 0) -> dict[str, Any]:
+    """How the kernel of a product is launched."""
+    stored = int(mask(case, seed).sum())
+    sizes = case.sizes(product, stored).block
+    density = stored / math.prod(case.grid)
+    tuned = config.key(device, OPERATIONS[product], case.dtype, sizes, case.tokens, density)
     if product == "dvalues":
-        found = config.for_sddmm(sizes, 2, n=n, tuned=tuned)
+        found = config.for_sddmm(sizes, 2, n=case.tokens, tuned=tuned)
     else:
-        found = config.for_matmul(n, sizes, 2, tuned=tuned)
+        options = {"capacity": stored, "ordered": product == "forward", "tuned": tuned}
+        found = config.for_matmul(case.tokens, sizes, 2, **options)
     fields = dataclasses.asdict(found)
     del fields["workers"]  # the device's
     return fields

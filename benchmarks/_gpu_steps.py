@@ -73,15 +73,14 @@ def suite(cases: Sequence[GpuCase]) -> list[Item]:
 
     def predict(case: GpuCase, ceilings: Ceilings) -> Iterator[str]:
         for product in PRODUCTS:
-            tile = kernels.chosen(product, case.tokens, case.block, case.density, "", case.dtype)[
-                "tile"
-            ]
-            one = gpu_cases.predicted(case, product, tile, ceilings)
+            config = kernels.chosen(product, case)
+            one = gpu_cases.predicted(case, product, config, ceilings)
             wanted = gpu_cases.goal(case, product)
             goal = ", ".join(f"{name} {value:g}" for name, value in wanted.items())
             yield (
                 f"{product:8} floor {one['floor_ms']:.4f} ms by {one['floor_by']}, tiles of "
-                f"{tile}: {one['tile_floor_ms']:.4f}, dense {one['dense_floor_ms']:.4f}, "
+                f"{config['tile']} x {config['columns']}: {one['tile_floor_ms']:.4f}, "
+                f"dense {one['dense_floor_ms']:.4f}, "
                 f"efficiency {one['floor_efficiency']:.2f}; goal: {goal}"
             )
 

@@ -131,8 +131,8 @@ def compile_each(
 def predicted(case: GpuCase, product: str, ceilings: Ceilings, seed: int = 0) -> Record:
     """How a kernel would be launched, and the floors."""
     device = jax.devices()[0].device_kind
-    config = kernels.chosen(product, case.tokens, case.block, case.density, device, case.dtype)
-    floors = gpu_cases.predicted(case, product, config["tile"], ceilings, seed)
+    config = kernels.chosen(product, case, device, seed)
+    floors = gpu_cases.predicted(case, product, config, ceilings, seed)
     return {"config": config} | floors
 
 

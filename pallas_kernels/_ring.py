@@ -1,5 +1,6 @@
 """Stages of shared memory in a ring: one warpgroup loads ahead, the others multiply behind it."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -82,12 +83,15 @@ class Ring(NamedTuple):
         return sums, end
 
 
-def ring(stages: int, warpgroups: int, copies: int) -> Ring:
+def ring(stages: int, warpgroups: int, copies: int, cluster: bool = False) -> Ring:
     """To be allocated: each stage takes `copies` arrivals to fill, and one of each warpgroup that
-    multiplies to be free again."""
+    multiplies, of all programs in a `cluster`, to be free again."""
+    empty: Any = plgpu.Barrier
+    if cluster:
+        empty = functools.partial(plgpu.ClusterBarrier, collective_axes=("cluster",))
     return Ring(
         plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+        empty(num_arrivals=warpgroups, num_barriers=stages),
     )
 
 

@@ -37,11 +37,12 @@ def matmul(
     over its steps (see `lists`), after the `epilogue` with its `operands`; and what that keeps.
 
     With `transpose`, stored blocks are multiplied transposed. `n` must be a multiple of
-    `config.tile`, and there must be tokens, output blocks and at least one slot.
+    `config.cluster` tiles, and there must be tokens, output blocks and at least one slot.
     """
     n = x.shape[0]
     width_in, width_out = values.shape[:0:-1] if transpose else values.shape[1:]
-    groups, tiles = -(-blocks // config.columns), n // config.tile
+    rows = config.cluster * config.tile  # of an output tile, for all programs of a cluster
+    groups, tiles = -(-blocks // config.columns), n // rows
     of_group = steps.ptr[:: len(parts(config.columns))] * (width_in // config.depth)
     starts = of_group + jnp.arange(groups + 1, dtype=jnp.int32)  # one more for each, to write
     shares = _workers.shares(starts * tiles, tiles, config.workers, split=config.split)
@@ -56,17 +57,22 @@ def matmul(
         ),
         out_type=(
             *epilogue.outs(n, blocks * width_out, out_dtype),
-            _workers.pieces(config, (config.tile, config.columns * width_out)),
+            _workers.pieces(config, (rows, config.columns * width_out)),
         ),
         grid=(config.workers,),
         grid_names=("worker",),
+        **(
+            {"cluster": (config.cluster,), "cluster_names": ("cluster",)}
+            if config.cluster > 1
+            else {}
+        ),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
     )
     *outs, pieces = run(x, values, *steps, shares.spans, *operands)
 
     def write(tile, row, sums, outs, operands, staging, barriers):
-        start = lax.rem(tile, tiles) * config.tile + row
+        start = lax.rem(tile, tiles) * rows + row
 
         def one(sums, block):
             epilogue.write(sums, start, block, outs, operands, staging, barriers.at[0])
@@ -103,11 +109,13 @@ def _matmul(
     *rest, pieces = rest
     operands = rest[: epilogue.bias + epilogue.residual]
     outs = rest[epilogue.bias + epilogue.residual :]
-    _, tile, width = pieces.shape
+    _, height, width = pieces.shape
     columns, width_out = config.columns, width // config.columns
-    depth, tiles, rows = config.depth, x.shape[0] // tile, tile // config.warpgroups
-    cut, kinds = width_in // depth, parts(columns)
-    worker = lax.axis_index("worker")
+    depth, tile, tiles = config.depth, config.tile, x.shape[0] // height
+    rows, cut, kinds = tile // config.warpgroups, width_in // depth, parts(columns)
+    worker, below, together = lax.axis_index("worker"), 0, None
+    if config.cluster > 1:
+        below, together = lax.axis_index("cluster") * tile, "cluster"
 
     def products(tile):
         first = lax.div(tile, tiles) * len(kinds)
@@ -130,7 +138,7 @@ def _matmul(
 
     def load(x_tiles, v_tiles, ring):
         def piece(at: _workers.Piece, turn):
-            tokens = pl.ds(lax.rem(at.tile, tiles) * tile, tile)
+            tokens = pl.ds(lax.rem(at.tile, tiles) * height + below, tile)
             for (first, width), low, high in spans_of(at):
 
                 def step(s, turn, first=first, width=width):
@@ -144,7 +152,7 @@ def _matmul(
                         own = pl.ds(start, depth)
                         block = values.at[slot, :, own] if transpose else values.at[slot, own]
                         to = v_tiles.at[stage, place(first + k)]
-                        plgpu.copy_gmem_to_smem(block, to, full)
+                        plgpu.copy_gmem_to_smem(block, to, full, collective_axes=together)
                     for _ in range(columns - width):
                         plgpu.barrier_arrive(full)
                     return turn + 1
@@ -185,7 +193,7 @@ def _matmul(
 
             @pl.when(at.whole)
             def _():
-                row = lax.rem(at.tile, tiles) * tile + warpgroup * rows
+                row = lax.rem(at.tile, tiles) * height + below + warpgroup * rows
                 own = (staging.at[mine], barriers.at[warpgroup])
 
                 def one(sums, block):
@@ -193,7 +201,8 @@ def _matmul(
 
                 _each(sums, lax.div(at.tile, tiles), columns, blocks, one)
 
-            _workers.keep(sums, at, worker, pieces, mine, config)
+            own = pl.ds(below + warpgroup * rows, rows)
+            _workers.keep(sums, at, worker, pieces, own, config)
             return turn
 
         walk(piece)
@@ -210,7 +219,7 @@ def _matmul(
         ),
         _ring.swizzled((config.stages, tile, depth), swizzle, x.dtype),
         _ring.swizzled((config.stages, *block), swizzle, x.dtype),
-        _ring.ring(config.stages, config.warpgroups, copies=1 + columns),
+        _ring.ring(config.stages, config.warpgroups, 1 + columns, config.cluster > 1),
         epilogue.scratch(tile, width_out, outs[0].dtype, config.warpgroups, columns),
         collective_axes="warpgroup",
     )

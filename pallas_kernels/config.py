@@ -17,6 +17,7 @@ SLICE = 64  # columns of an output tile that are staged at a time
 MULTIPROCESSORS = 132  # of an H200
 MOST_STEPS = 2**31 - 1  # they are counted in int32
 COLUMNS = (1, 2, 4)
+TABLES = 4e10  # FLOPs in whose time on an H200 a few small kernels would be felt
 STAGES = 8  # at most; what is best is for the tuner to find
 # what was tuned stands for sizes near it
 TOKENS = (64, 256, 1024, 8192)
@@ -31,9 +32,10 @@ class Config:
     tile: int = 256  # `matmul`: tokens of an output tile; `sddmm`: rows of stored blocks in one
     warpgroups: int = 2  # that multiply; one more loads
     columns: int = 1  # `matmul`: output blocks side by side that share what is read of x
+    cluster: int = 1  # `matmul`: programs with other tokens that share what is read of the values
     depth: int = 64  # features (`matmul`) or tokens (`sddmm`) of a step
     stages: int = 4  # steps in flight
-    workers: int = MULTIPROCESSORS  # programs on the grid
+    workers: int = MULTIPROCESSORS  # equal shares of the work, for a cluster of programs each
     split: bool = True  # may cut an output tile between workers, so that all end together
 
 
@@ -70,20 +72,26 @@ def for_matmul(
     out_bytes: int,
     workers: int = MULTIPROCESSORS,
     *,
-    density: float = 0.0,
+    capacity: int = 0,
+    ordered: bool = False,
     tuned: Key | None = None,
 ) -> Config:
-    """For `n` tokens and blocks (features in, features out) of a random pattern: as `tuned`, if the
-    table has it."""
+    """For `n` tokens, blocks (features in, features out) and so many slots: as `tuned`, if the
+    table has it. `ordered` slots need no tables as long as output blocks are taken one by one."""
     width_in, width_out = block
-    columns = _columns(block, density) if n > ROWS else 1
+    columns = _columns(n, block, capacity, ordered)
     tile, warpgroups = _tile(width_out * columns), 2
-    if _padding(n, tile) > 1.25:
-        tile = 2 * ROWS
     if n <= ROWS:
         tile, warpgroups = ROWS, 1
-    depth = min(64, width_in)
-    config = Config(tile=tile, columns=columns, warpgroups=warpgroups, depth=depth, workers=workers)
+    config = Config(
+        tile=tile,
+        columns=columns,
+        warpgroups=warpgroups,
+        depth=min(64, width_in),
+        workers=workers,
+    )
+    if n > ROWS and _padding(n, config) > 1.25:
+        config = dataclasses.replace(config, tile=2 * ROWS)
     return _looked_up(tuned, n, block, out_bytes, workers) or staged(config, width_out, out_bytes)
 
 
@@ -92,27 +100,13 @@ def _tile(width: int) -> int:
     return 2 * max(ROWS, min(128, ACCUMULATOR // width))
 
 
-def _columns(block: tuple[int, int], density: float) -> int:
-    """How many output blocks should share what is read of x: the fewest bytes that are read for a
-    stored block and a token, if that is a tenth less than without; making the tables costs, too."""
-    width_in, width_out = block
-
-    def read(columns: int) -> float:
-        return reads(density, columns) * width_in + width_in * width_out / _tile(
-            width_out * columns
-        )
-
-    able = [columns for columns in COLUMNS if columns * width_out <= 2 * ROWS] or [1]
-    best = min(able, key=read)
-    return best if read(best) <= 0.9 * read(1) else 1
-
-
-def reads(density: float, columns: int) -> float:
-    """Times that a stored block of a random pattern has its input read: once for the largest part
-    of a group (see `lists`) that stores the row, shared by its members."""
-    if columns == 1 or not density:
-        return 1.0
-    return reads(density, columns // 2) - density ** (columns - 1) / columns
+def _columns(n: int, block: tuple[int, int], capacity: int, ordered: bool) -> int:
+    """As many output blocks as leave a tile its tokens: what a pattern does not share costs nothing
+    then. Making the tables takes a while, which has to be a small part of the whole."""
+    small = 2 * n * capacity * block[0] * block[1] < TABLES
+    if n <= ROWS or (ordered and small):
+        return 1
+    return max(one for one in COLUMNS if one == 1 or one * block[1] <= 2 * ROWS)
 
 
 def for_sddmm(
@@ -159,15 +153,21 @@ def misfit(operation: str, config: Config, block: tuple[int, int], out_bytes: in
 
 
 def candidates(
-    operation: str, n: int, block: tuple[int, int], out_bytes: int, workers: int = MULTIPROCESSORS
+    operation: str,
+    n: int,
+    block: tuple[int, int],
+    out_bytes: int,
+    workers: int = MULTIPROCESSORS,
+    *,
+    capacity: int = 0,
 ) -> Iterator[Config]:
     """Configurations worth timing: the heuristic's first, then those one step away from it and
     each other."""
-    heuristic = (
-        for_sddmm(block, out_bytes, workers)
-        if operation == "sddmm"
-        else for_matmul(n, block, out_bytes, workers)
-    )
+    if operation == "sddmm":
+        heuristic = for_sddmm(block, out_bytes, workers)
+    else:
+        options = {"capacity": capacity, "ordered": operation == "matmul"}
+        heuristic = for_matmul(n, block, out_bytes, workers, **options)
     # 40 registers of a thread for loads and 232 for products leave no room for a third warpgroup
     shapes = [(2, 64), (2, 128), (1, 128), (1, 64), (2, 256), (1, 256)]
     tiles = [
@@ -182,23 +182,25 @@ def candidates(
         if stages < heuristic.stages
     ]
     whole = [dataclasses.replace(one, split=False) for one in (heuristic, *tiles[:2])]
-    groups = []
-    if operation != "sddmm":
-        groups = [
-            staged(
-                dataclasses.replace(
-                    heuristic,
-                    columns=columns,
-                    tile=min(heuristic.tile, _tile(block[1] * columns)),
-                ),
-                block[1],
-                out_bytes,
-            )
-            for columns in COLUMNS
-        ]
-    least = min(_padding(n, one.tile) for one in (heuristic, *tiles))
-    for one in dict.fromkeys((heuristic, *groups, *tiles, *depths, *fewer, *whole)):
-        wasteful = operation != "sddmm" and _padding(n, one.tile) > max(1.25, least)
+    shared = [
+        staged(
+            dataclasses.replace(
+                heuristic,
+                columns=columns,
+                cluster=cluster,
+                tile=min(heuristic.tile, _tile(block[1] * columns)),
+                workers=workers // cluster,
+            ),
+            block[1],
+            out_bytes,
+        )
+        for cluster in (1, 2)
+        for columns in COLUMNS
+        if operation != "sddmm"
+    ]
+    least = min(_padding(n, one) for one in (heuristic, *tiles))
+    for one in dict.fromkeys((heuristic, *shared, *tiles, *depths, *fewer, *whole)):
+        wasteful = operation != "sddmm" and _padding(n, one) > max(1.25, least)
         if not wasteful and misfit(operation, one, block, out_bytes) is None:
             yield one
 
@@ -239,13 +241,14 @@ def _looked_up(
     found = tuned and table().get(tuned)
     if not tuned or not found:
         return None
-    found = dataclasses.replace(found, workers=workers)
+    found = dataclasses.replace(found, workers=workers // found.cluster)
     most = staged(found, block[1], out_bytes).stages  # another output may leave less room
     found = dataclasses.replace(found, stages=min(found.stages, most))
-    wasteful = tuned.operation != "sddmm" and n > ROWS and _padding(n, found.tile) > 1.25
+    wasteful = tuned.operation != "sddmm" and n > ROWS and _padding(n, found) > 1.25
     return None if wasteful or misfit(tuned.operation, found, block, out_bytes) else found
 
 
-def _padding(n: int, tile: int) -> float:
+def _padding(n: int, config: Config) -> float:
     """Rows of whole tiles over `n`."""
-    return -(-n // tile) * tile / max(1, n)
+    rows = config.tile * config.cluster
+    return -(-n // rows) * rows / max(1, n)

@@ -43,6 +43,12 @@ class Problem:
         height, width = self.block
         return (width, height) if self.operation == "matmul transposed" else self.block
 
+    @property
+    def stored(self) -> int:
+        """Blocks."""
+        (k, m), (br, bc) = self.shape, self.block
+        return max(1, round(self.density * (k // br) * (m // bc)))
+
     def key(self, device: str) -> config.Key:
         return config.key(device, self.operation, self.dtype, self.sizes, self.tokens, self.density)
 
@@ -92,7 +98,7 @@ def job(problem: Problem, seed: int = 0) -> Job:
     (k, m), (br, bc), n, dtype = problem.shape, problem.block, problem.tokens, problem.dtype
     r, c = k // br, m // bc
     keys = iter(jax.random.split(jax.random.key(seed), 32))
-    e = max(1, round(problem.density * r * c))
+    e = problem.stored
     slots = jnp.sort(jax.random.permutation(next(keys), r * c)[:e])  # by column, then by row
     row, col = (slots % r).astype(jnp.int32), (slots // r).astype(jnp.int32)
 
@@ -117,7 +123,7 @@ def job(problem: Problem, seed: int = 0) -> Job:
         # making the tables is a part of the time
         steps = lists.of_pattern(row, col, (r, c), columns=chosen.columns, transpose=transpose)
         y = block_sparse.matmul(
-            _padded(x, chosen.tile),
+            _padded(x, chosen.tile * chosen.cluster),
             values,
             steps,
             chosen,
@@ -225,9 +231,8 @@ def run(
             continue
         bytes_ = jnp.dtype(problem.dtype).itemsize
         workers = device.core_count if device.platform == "gpu" else config.MULTIPROCESSORS
-        found = [
-            *config.candidates(problem.operation, problem.tokens, problem.sizes, bytes_, workers)
-        ]
+        sizes = (problem.tokens, problem.sizes, bytes_, workers)
+        found = [*config.candidates(problem.operation, *sizes, capacity=problem.stored)]
         measured = times(problem, found, until)
         if line := tuned(problem, device.device_kind, measured):
             save(path, merged(lines, line))

@@ -123,12 +123,11 @@ def _matmul(
     def run(*args: Array) -> tuple[Array, ...]:
         op = "matmul transposed" if transpose else "matmul"
         n, bytes_ = args[0].shape[0], jnp.dtype(out_dtype).itemsize
-        density = p.capacity / math.prod(p.grid)
-        tuned = _key(op, args[0], sizes, density)
-        workers = multiprocessors()
-        chosen = config.for_matmul(n, sizes, bytes_, workers, density=density, tuned=tuned)
-        chosen = _unsplit(chosen)
-        args = _alike(*(_padded(a, chosen.tile) for a in args[: len(tokens)]), *args[len(tokens) :])
+        options = {"capacity": p.capacity, "ordered": not transpose}
+        options |= {"tuned": _key(op, args[0], sizes, p.capacity / math.prod(p.grid))}
+        chosen = _unsplit(config.for_matmul(n, sizes, bytes_, multiprocessors(), **options))
+        tile = chosen.tile * chosen.cluster
+        args = _alike(*(_padded(a, tile) for a in args[: len(tokens)]), *args[len(tokens) :])
         (x, *residual), (values, row, col, *bias) = args[: len(tokens)], args[len(tokens) :]
         steps = lists.of_pattern(row, col, p.grid, columns=chosen.columns, transpose=transpose)
         outs = block_sparse.matmul(

@@ -113,11 +113,15 @@ def test_measured_ceilings_replace_what_was_assumed():
     assert floors.ceilings_from(twice).l2 == 2
 
 
+def tiles(tile, columns=1):
+    return {"tile": tile, "columns": columns, "cluster": 1}
+
+
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_the_best_floor_is_below_that_of_any_tile(product):
     case = GpuCase(block=(64, 64), density=0.25)
     for tile in (64, 128, 256):
-        one = predicted(case, product, tile, Ceilings())
+        one = predicted(case, product, tiles(tile), Ceilings())
         assert one["floor_ms"] <= one["tile_floor_ms"]
         assert one["ceilings"] == "assumed"
         assert one["dense_floor_ms"] == pytest.approx(1e3 * DENSE)
@@ -166,12 +170,12 @@ def test_kind_patterns_share_what_they_store(pattern, group):
     assert patterns.reads_per_block(stored, 2 * group) > 0.8 / group  # and groups differ
     for product, less in (("forward", True), ("dx", False), ("dvalues", False)):
         alone, ours = (
-            predicted(case, product, 128, Ceilings(), columns=columns)["tile_floor_ms"]
+            predicted(case, product, tiles(128, columns), Ceilings())["tile_floor_ms"]
             for columns in (1, group)
         )
         assert (ours < 0.8 * alone) == less
     for columns in (1, 2, 4):  # as many as two warpgroups hold sums for
-        one = predicted(case, "forward", 128, Ceilings(), columns=columns)
+        one = predicted(case, "forward", tiles(128, columns), Ceilings())
         assert one["floor_ms"] <= one["tile_floor_ms"]
 
 
@@ -181,14 +185,14 @@ def test_dx_is_the_product_with_the_transpose(monkeypatch):
     stored[:, 3] = True  # one block-column: for dx, columns that share their row
     monkeypatch.setattr(gpu_cases, "mask", lambda case, seed: stored)
     case = GpuCase(block=(64, 256), density=1 / 16, shape=(4096, 4096))
-    forward, dx = (predicted(case, product, 128, Ceilings()) for product in PRODUCTS[:2])
+    forward, dx = (predicted(case, product, tiles(128), Ceilings()) for product in PRODUCTS[:2])
     flops = 2 * case.tokens * stored.sum() * 64 * 256
     for one, width in ((forward, 256), (dx, 64)):
         tile_ms = 1e3 * flops * (128 + width) / (128 * width) / Ceilings().l2
         assert one["tile_floor_ms"] == pytest.approx(tile_ms)
     turned = GpuCase(block=(256, 64), density=1 / 16, shape=(4096, 4096))
     monkeypatch.setattr(gpu_cases, "mask", lambda case, seed: stored.T)
-    assert predicted(turned, "forward", 128, Ceilings()) == dx
+    assert predicted(turned, "forward", tiles(128), Ceilings()) == dx
 
 
 def test_the_cases_are_those_of_the_design():

@@ -4,6 +4,7 @@ Every kernel must use the tensor cores and TMA, spill nothing and fit in shared 
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
 import re
@@ -90,9 +91,32 @@ def test_matmul_and_its_derivatives(block, n, dtype):
 
 @pytest.mark.parametrize("side", [64, *(pytest.param(s, marks=pytest.mark.slow) for s in (16, 32))])
 def test_output_blocks_that_share_what_is_read(side):
-    """At this density the heuristic takes groups of them."""
-    assert config.for_matmul(8192, (side, side), 2, density=0.5).columns == min(4, 128 // side)
+    """At this density the heuristic takes groups of them, forward too."""
+    half = {"capacity": (8192 // side) ** 2 // 2, "ordered": True}
+    assert config.for_matmul(8192, (side, side), 2, **half).columns == min(4, 128 // side)
     compiles((side, side), 8192, bf16, 0.5)
+
+
+@pytest.mark.parametrize(
+    "side", [64, *(pytest.param(s, marks=pytest.mark.slow) for s in (16, 128))]
+)
+def test_programs_that_share_what_is_read(side, monkeypatch):
+    """As the tuner tries them: 128 tokens by 256 features for each of two programs."""
+    heuristic = config.for_matmul
+
+    def in_clusters(*args, **options):
+        found = dataclasses.replace(
+            heuristic(*args, **options),
+            tile=128,
+            columns=min(4, 256 // side),
+            cluster=2,
+            workers=config.MULTIPROCESSORS // 2,
+        )
+        return config.staged(found, side, 2)
+
+    monkeypatch.setattr(config, "for_matmul", in_clusters)
+    compiles((side, side), 8192, bf16, 0.25)
+    assert any("multicast::cluster" in path.read_text() for path in h200.DUMPS.glob("*.ptx"))
 
 
 def compiles(block, n, dtype, density):

@@ -4,6 +4,7 @@ The interpreter knows one device and runs programs as threads: few workers and s
 """
 
 import contextlib
+import dataclasses
 import functools
 
 import jax
@@ -109,6 +110,23 @@ GROUPS = {
 )
 def test_output_blocks_that_share_what_is_read(name, columns, monkeypatch):
     monkeypatch.setattr(config, "_columns", lambda *_: columns)
+    jax.clear_caches()
+    conforms(GROUPS[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "columns"),
+    [("pairs, one left", 1), pytest.param("fours, ragged", 4, marks=pytest.mark.slow)],
+)
+def test_programs_that_share_what_is_read(name, columns, monkeypatch):
+    """Two programs with other tokens, each of which loads a half of the values for both."""
+    heuristic = config.for_matmul
+
+    def in_clusters(*args, **options):
+        found = heuristic(*args, **options)
+        return dataclasses.replace(found, tile=128, columns=columns, cluster=2, workers=2)
+
+    monkeypatch.setattr(config, "for_matmul", in_clusters)
     jax.clear_caches()
     conforms(GROUPS[name])
 

@@ -96,12 +96,12 @@ def test_every_block_has_a_launch_that_fits(block, out_bytes):
 
 def fits(chosen, width, out_bytes):
     rows, odd = divmod(chosen.tile, chosen.warpgroups)
-    staged = chosen.stages * 2 * chosen.depth * (chosen.tile + width)
+    staged = chosen.stages * 2 * chosen.depth * (chosen.tile + chosen.columns * width)
     out = chosen.tile * min(config.SLICE, width) * out_bytes
     return (
         odd == 0
         and rows % config.ROWS == 0
-        and rows * width <= config.ACCUMULATOR
+        and rows * chosen.columns * width <= config.ACCUMULATOR
         and chosen.stages >= 2
         and staged + out <= config.SHARED_MEMORY
     )
