@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bsjax.ops import _core, _fused, _mesh, _reference
+from bsjax.ops import _core, _fused, _mesh, _reference, _scan
 from bsjax.ops import _validate as validate
 from bsjax.ops._activations import Activation, named
 from bsjax.ops._choose import Implementation, Problem, check
@@ -67,10 +67,11 @@ def matmul(
     if spec.name == "mosaic":  # gated values are rounded: the tensor cores take 16 bits
         values = values.astype(operands[1].dtype)
         if not bare and not callable(activation) and _one_kernel(x, p, residual):
-            return _fused.matmul(
-                spec, transpose, _fused.Form(activation), x, values, p, bias, residual
-            )
-    y = _core.matmul(spec, transpose, x, values, p)
+            probe = _scan.probe(spec, transpose, x, values, p, x.dtype)
+            form = _fused.Form(activation)
+            return _fused.matmul(spec, transpose, form, x, values, p, bias, residual, probe)
+    probe = _scan.probe(spec, transpose, x, values, p, dtype)
+    y = _core.matmul(spec, transpose, x, values, p, probe)
     if bias is not None:
         y = _mesh.per_token(jnp.add, y, jnp.broadcast_to(bias.astype(y.dtype), (1, m)))
     if act is not None:
@@ -140,8 +141,10 @@ def glu(
     spec = _spec(op, (x, both), pair, precision, implementation, _reference.accumulator(x, both))
     if spec.name == "mosaic" and not callable(activation) and _one_kernel(x, pair, None):
         form = _fused.Form(activation, gated=True)
-        return _fused.matmul(spec, False, form, x, both, pair, None, None)
-    y = _core.matmul(spec, False, x, both, pair)
+        probe = _scan.probe(spec, False, x, both, pair, x.dtype)
+        return _fused.matmul(spec, False, form, x, both, pair, None, None, probe)
+    probe = _scan.probe(spec, False, x, both, pair, spec.out_dtype)
+    y = _core.matmul(spec, False, x, both, pair, probe)
     y = y.reshape(*x.shape[:-1], c, 2, bc)
     y = act(y[..., 0, :]) * y[..., 1, :]
     return y.reshape(*x.shape[:-1], c * bc).astype(x.dtype)
