@@ -7,5 +7,15 @@ from bsjax.ops._products import glu as glu
 from bsjax.ops._products import matmul as matmul
 from bsjax.ops._products import sddmm as sddmm
 from bsjax.ops._products import todense as todense
+from bsjax.ops._scan import scan as scan
 
-__all__ = ["Implementation", "block_norms", "fromdense", "glu", "matmul", "sddmm", "todense"]
+__all__ = [
+    "Implementation",
+    "block_norms",
+    "fromdense",
+    "glu",
+    "matmul",
+    "scan",
+    "sddmm",
+    "todense",
+]

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array
 
 from bsjax.ops import _dense, _mesh, _mosaic, _reference, _xla
@@ -135,7 +136,7 @@ def _matmul(spec: Spec, transpose: bool, x: Array, values: Array, p: BlockPatter
 
 def _matmul_fwd(spec, transpose, x, values, p):
     # through the rule again: a second derivative differentiates what is computed here
-    return _matmul(spec, transpose, x, values, p), (x, values, p)
+    return _matmul(spec, transpose, x, values, p), saved(x, values, p)
 
 
 def _matmul_bwd(spec, transpose, residuals, dy):
@@ -156,7 +157,7 @@ def _probed(
 
 def _probed_fwd(spec, transpose, x, values, p, probe):
     # of x only the dtype is needed; a second derivative is not probed
-    return _matmul(spec, transpose, x, values, p), (jnp.zeros(0, x.dtype), values, p)
+    return _matmul(spec, transpose, x, values, p), saved(jnp.zeros(0, x.dtype), values, p)
 
 
 def _probed_bwd(spec, transpose, residuals, dy):
@@ -171,7 +172,7 @@ def _sddmm(spec: Spec, x: Array, y: Array, p: BlockPattern) -> Array:
 
 
 def _sddmm_fwd(spec, x, y, p):
-    return _sddmm(spec, x, y, p), (x, y, p)
+    return _sddmm(spec, x, y, p), saved(x, y, p)
 
 
 def _sddmm_bwd(spec, residuals, dv):
@@ -185,6 +186,15 @@ def _sddmm_bwd(spec, residuals, dv):
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 _probed.defvjp(_probed_fwd, _probed_bwd)
 _sddmm.defvjp(_sddmm_fwd, _sddmm_bwd)
+
+
+def saved(*residuals: Any) -> tuple[Any, ...]:
+    """What a rule keeps for its backward pass.
+
+    JAX (0.11 and 0.12) confuses residuals that are arguments as they came when it differentiates a
+    scan twice. A copy is none, and costs nothing where it is compiled.
+    """
+    return jax.tree.map(lambda a: jnp.copy(a) if isinstance(a, Tracer) else a, residuals)
 
 
 def _one_dtype(a: Array, b: Array) -> tuple[Array, Array]:

@@ -104,7 +104,7 @@ def _fused_fwd(spec, transpose, form, *args):
 
 def _kept_fwd(spec, transpose, form, x, values, p, bias, residual):
     y, before = _kept(spec, transpose, form, x, values, p, bias, residual)
-    return (y, before), (x, values, p, bias, residual, before)
+    return (y, before), _core.saved(x, values, p, bias, residual, before)
 
 
 def _fused_bwd(spec, transpose, form, saved, dy):

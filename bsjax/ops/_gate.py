@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
-from bsjax.ops import _core, _reference
+from bsjax.ops import _core, _reference, _scan
 from bsjax.ops._core import Spec
 from bsjax.pattern import BlockPattern
 
@@ -36,8 +36,11 @@ def applied(
     gate from the cotangent of the sums."""
     x, values, gate, p = _core.same_axes(x, values, gate, p)
     open_, order = _open(gate, p)
-    probe = _late(spec, transpose, x, values, gate, p)
-    return scaled(values, gate, p)[order], open_, probe
+    product = scaled(values, gate, p)
+    probe = _scan.probe(spec, transpose, x, product, p, spec.out_dtype)
+    if probe is None:
+        probe = _late(spec, transpose, x, values, gate, p)
+    return product[order], open_, probe
 
 
 def _open(gate: Array, p: BlockPattern) -> tuple[BlockPattern, Array]:

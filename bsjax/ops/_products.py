@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bsjax.ops import _core, _fused, _gate, _mesh, _reference
+from bsjax.ops import _core, _fused, _gate, _mesh, _reference, _scan
 from bsjax.ops import _validate as validate
 from bsjax.ops._activations import Activation, named
 from bsjax.ops._choose import Implementation, Problem, check
@@ -67,11 +67,12 @@ def matmul(
     form = None
     if not bare and not callable(activation) and _one_kernel(spec, x, p, residual):
         form = _fused.Form(activation)
-    probe = None
-    if gate is not None and spec.name == "reference":
+    sums, probe = _core.to(spec, x) if form else spec, None
+    if gate is None:
+        probe = _scan.probe(sums, transpose, x, values, p, sums.out_dtype)
+    elif spec.name == "reference":
         values = _gate.scaled(values, gate, p)
-    elif gate is not None:
-        sums = _core.to(spec, x) if form else spec
+    else:
         values, p, probe = _gate.applied(sums, transpose, x, values, gate, p)
     if spec.name == "mosaic":  # gated values are rounded: the tensor cores take 16 bits
         values = values.astype(operands[1].dtype)
@@ -147,8 +148,10 @@ def glu(
     spec = _spec(op, (x, both), pair, precision, implementation, _reference.accumulator(x, both))
     if not callable(activation) and _one_kernel(spec, x, pair, None):
         form = _fused.Form(activation, gated=True)
-        return _fused.matmul(spec, False, form, x, both, pair, None, None)
-    y = _core.matmul(spec, False, x, both, pair)
+        probe = _scan.probe(spec, False, x, both, pair, x.dtype)
+        return _fused.matmul(spec, False, form, x, both, pair, None, None, probe)
+    probe = _scan.probe(spec, False, x, both, pair, spec.out_dtype)
+    y = _core.matmul(spec, False, x, both, pair, probe)
     y = y.reshape(*x.shape[:-1], c, 2, bc)
     y = act(y[..., 0, :]) * y[..., 1, :]
     return y.reshape(*x.shape[:-1], c * bc).astype(x.dtype)
