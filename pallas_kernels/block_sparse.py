@@ -86,8 +86,7 @@ def _matmul(
     transpose: bool,
 ):
     *rest, pieces = rest
-    operands = rest[: epilogue.bias + epilogue.residual]
-    outs = rest[epilogue.bias + epilogue.residual :]
+    operands, outs = rest[: epilogue.operands], rest[epilogue.operands :]
     _, tile, width_out = pieces.shape
     depth, tiles, rows = config.depth, x.shape[0] // tile, tile // config.warpgroups
     parts = width_in // depth

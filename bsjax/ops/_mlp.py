@@ -1,0 +1,155 @@
+"""The feed-forward layer `act(x @ U + b) @ D + c + residual` in two kernels, three with gradients.
+
+The gradient of what goes into the activation is an epilogue of the product with D^T:
+
+    dz = (dy @ D^T) * act'(z)        db = the sum of dz over tokens, in the same kernel
+    dx = dz @ U^T                    dU = sddmm(x, dz)
+    dc = the sum of dy over tokens   dD = sddmm(act(z), dy)
+
+so the gradient of the hidden activations is never written. z and act(z) are kept, in the dtype of x.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from bsjax.ops import _choose, _core, _fused, _mesh, _mosaic
+from bsjax.ops import _validate as validate
+from bsjax.ops._core import Spec
+from bsjax.ops._fused import Form
+from bsjax.pattern import BlockPattern, is_concrete
+
+LINEAR = Form(None)
+
+
+class Weights(NamedTuple):
+    """Of a product: values, which blocks they are, and a bias."""
+
+    values: Array
+    p: BlockPattern
+    bias: Array | None
+
+
+def mlp(x: Array, up: Weights, down: Weights, residual: Array | None, **options: Any) -> Array:
+    """`form(x @ U + b) @ D + c + residual` in the dtype of x, by kernels.
+
+    With a gated `form`, block-columns of U are pairs of the block-rows of D.
+    """
+    return _checked(x, up, down, residual, **options)
+
+
+def _checked(x, up, down, residual, *, form: Form, precision: Any) -> Array:
+    for one, n in ((up, _mesh.tokens(x)), (down, _mesh.tokens(x))):
+        problem = _choose.Problem(
+            op="matmul",
+            n=n,
+            grid=one.p.grid,
+            block=one.p.block,
+            capacity=one.p.capacity,
+            dtype=x.dtype,
+        )
+        _choose.check("mosaic", problem)
+    spec = Spec("mosaic", validate.precision("matmul", precision), x.dtype)
+    x, up, down, residual = _core.same_axes(x, up, down, residual)
+    up, down = (one._replace(values=one.values.astype(x.dtype)) for one in (up, down))
+    return _mlp(spec, form, x, up, down, residual)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _mlp(spec, form, x, up, down, residual):
+    hidden = _fused.matmul(spec, False, form, x, *up, None)
+    return _fused.matmul(spec, False, LINEAR, hidden, *down, residual)
+
+
+def _mlp_fwd(spec, form, x, up, down, residual):
+    hidden, z = _fused._kept(spec, False, form, x, *up, None)
+    y = _fused.matmul(spec, False, LINEAR, hidden, *down, residual)
+    return y, (x, up, down, residual, hidden, z)
+
+
+def _mlp_bwd(spec, form, saved, dy):
+    x, up, down, residual, hidden, z = saved
+    dy = jnp.asarray(dy)
+    dz, db = _slope(spec, form, up.bias is not None, dy, down.values, down.p, z)
+    dup = Weights(_core.sddmm(spec, x, dz, up.p), None, _like(db, up.bias))
+    dx = _core.matmul(spec, True, dz, up.values, up.p)
+    dc = None if down.bias is None else _total(dy)
+    ddown = Weights(_core.sddmm(spec, hidden, dy, down.p), None, _like(dc, down.bias))
+    return dx, dup, ddown, _like(dy, residual)
+
+
+_mlp.defvjp(_mlp_fwd, _mlp_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _slope(spec, form, total, dy, values, p, z):
+    """The gradient of what goes into the activation, and its sum over tokens if `total`."""
+    args = (dy, values, p, z)
+    if not is_concrete(*jax.tree.leaves(args)):
+        return _run_slope(form, total, *args)
+    return _jit_slope(form, total, *args)
+
+
+def _slope_fwd(spec, form, total, *args):
+    return _slope(spec, form, total, *args), args
+
+
+def _slope_bwd(spec, form, total, args, cotangents):
+    """Through the same formula made of products that have derivatives."""
+    dy, values, p, z = args
+
+    def unfused(dy, values, z):
+        dhidden = _core.matmul(spec, True, dy, values, p)
+        dz = _slope_of(form, p.block[0], dhidden, z)
+        return dz.astype(dy.dtype), _total(dz) if total else None
+
+    ddy, dvalues, ddz = jax.vjp(unfused, dy, values, z)[1](cotangents)
+    return ddy, dvalues, None, ddz
+
+
+_slope.defvjp(_slope_fwd, _slope_bwd)
+
+
+def _slope_of(form: Form, side: int, dhidden: Array, z: Array) -> Array:
+    """What the kernel computes, on arrays, in float32."""
+    apply = functools.partial(form, width=side * (1 + form.gated))
+    return jax.vjp(apply, z.astype(jnp.float32))[1](dhidden.astype(jnp.float32))[0]
+
+
+def _run_slope(form, total, dy, values, p, z):
+    """The kernel adds over tokens where they are all on one device."""
+    explicit = any(axis is not None for axis in jax.typeof(dy).sharding.spec)
+    whole = total and not explicit and not _mosaic.several_gpus()
+
+    def kernel(dy: Array, weights: Any, z: Array) -> tuple[Array, ...]:
+        return _mosaic.sloped(
+            dy,
+            *weights,
+            z,
+            transpose=True,
+            activation=form.activation,
+            gated=form.gated,
+            total=whole,
+        )
+
+    if not whole:
+        (dz,) = _mesh.per_token(kernel, dy, (values, p), z)
+        return dz, _total(dz) if total else None
+    flat = (a.reshape(_mesh.tokens(a), a.shape[-1]) for a in (dy, z))
+    first, second = flat
+    dz, sums = kernel(first, (values, p), second)
+    return dz.reshape(z.shape), sums
+
+
+_jit_slope = jax.jit(_run_slope, static_argnums=(0, 1))
+
+
+def _total(dy: Array) -> Array:
+    return jnp.sum(dy.astype(jnp.float32), axis=tuple(range(dy.ndim - 1)))
+
+
+def _like(gradient: Array | None, of: Array | None) -> Array | None:
+    return None if gradient is None or of is None else gradient.astype(of.dtype)
