@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import _ring
 from pallas_kernels.config import ACCUMULATOR, ROWS, SLICE
 
+
 def _sigmoid(x: Array) -> Array:
     return 1 / (1 + jnp.exp(-x))
 
@@ -111,7 +112,8 @@ class Epilogue:
         bias `[1, m]` and residual, as far as there are any, or z.
         """
         if self.slope is not None:
-            self._write_slope(sums, row, block, outs, operands, staging, barrier)
+            act, slope = ACTIVATIONS[self.slope], SLOPES[self.slope]
+            self._write_slope(act, slope, sums, row, block, outs, operands, staging, barrier)
             return
         rows, width = staging.shape
         rows, half = pl.ds(row, rows), sums.shape[1] // (1 + self.gated)
@@ -140,10 +142,8 @@ class Epilogue:
                 part = part + _read(operands[-1].at[here], staging, barrier)
             _stage(part, staging, outs[0].at[here])
 
-    def _write_slope(self, sums, row, block, outs, operands, staging, barrier) -> None:
-        rows, width = staging.shape
-        side = sums.shape[1]
-        act, slope = ACTIVATIONS[self.slope], SLOPES[self.slope]
+    def _write_slope(self, act, slope, sums, row, block, outs, operands, staging, barrier) -> None:
+        (rows, width), side = staging.shape, sums.shape[1]
 
         def here(first: int) -> tuple[Any, Any]:
             start = block * side * (1 + self.gated) + first
