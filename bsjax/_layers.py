@@ -1,12 +1,18 @@
 """What the modules of both Flax dialects share, so that neither has arithmetic of its own."""
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from bsjax import ops
+from bsjax.ops import _mlp
+from bsjax.ops._activations import ACTIVATIONS
+from bsjax.ops._fused import Form
+from bsjax.ops._mlp import Weights
 from bsjax.pattern import BlockPattern
 
 
@@ -97,3 +103,74 @@ def linear(
 def down_pattern(layer: str, up: BlockPattern, down: Any, block: Any) -> BlockPattern:
     """The pattern of the second layer of an MLP: that of the first transposed unless given."""
     return up.transpose()[0] if down is None else as_pattern(layer, down, block)
+
+
+def mlp(
+    x: Any,
+    up: Any,
+    gate: Any,
+    down: Any,
+    *,
+    weights: Callable[[Any, int, Any], Weights],
+    in_features: int,
+    activation: Any,
+    residual: Any,
+) -> Float[Array, "*n m"]:
+    """`down(activation(up(x)))`, or `down(activation(gate(x)) * up(x))`, plus a residual.
+
+    With implementation="mosaic" it is one operation, whose derivatives are fused too, if the
+    activation has a name and blocks divide the hidden features; `weights(layer, features, dtype)`
+    gives those of a layer that is called with such inputs. Everything else goes through the layers:
+    on a CPU one product for gate and up takes longer with its derivatives than two.
+    """
+    x = jnp.asarray(x)
+    layers = [layer for layer in (up, gate, down) if layer is not None]
+    named = isinstance(activation, str) and activation in ACTIVATIONS
+    # whatever does not fit goes through the layers too: they say what is wrong with it
+    shapes = x.shape[-1:] == (in_features,)
+    shapes &= residual is None or jnp.shape(residual) == (*x.shape[:-1], down.out_features)
+    if named and shapes and all(layer.implementation == "mosaic" for layer in layers):
+        sizes = (*[in_features] * (len(layers) - 1), up.out_features)
+        own = [weights(one, size, x.dtype) for one, size in zip(layers, sizes, strict=True)]
+        y = _fused_mlp(x, layers, own, activation, residual)
+        if y is not None:
+            return y
+    if gate is None:
+        hidden = up(x, activation=activation)
+    else:
+        hidden = gate(x, activation=activation) * up(x)
+    return down(hidden, residual=residual)
+
+
+def _fused_mlp(
+    x: Array, layers: list[Any], weights: list[Weights], activation: str, residual: Any
+) -> Array | None:
+    """The same as one operation, or None if it cannot be one."""
+    dtypes = {
+        jnp.dtype(layer.dtype or jnp.result_type(x, *jax.tree.leaves((own.values, own.bias))))
+        for layer, own in zip(layers, weights, strict=True)
+    }
+    if len(dtypes) > 1 or len({layer.precision for layer in layers}) > 1:
+        return None
+    dtype, gated = dtypes.pop(), len(layers) == 3
+    up, *gate, down = (_mlp.cast(own, dtype) for own in weights)
+    x = _padded(x.astype(dtype), up.p.shape[0])
+    whole = layers[0].out_features == up.p.shape[1]
+    biased = gated and any(one.bias is not None for one in (up, *gate))
+    if not whole or biased or not _mlp.fits(x, up.p, down.p, gated=gated):
+        return None
+    if gate:
+        up = _mlp.pair(gate[0], up)
+    out_features = down.p.shape[1]
+    if down.bias is not None:
+        down = down._replace(bias=_padded(down.bias, out_features))
+    if residual is not None:
+        residual = _padded(jnp.asarray(residual, dtype), out_features)
+    form, precision = Form(activation, gated), layers[0].precision
+    y = _mlp.mlp(x, up, down, residual, form=form, precision=precision)
+    return y[..., : layers[-1].out_features]
+
+
+def _padded(a: Array, features: int) -> Array:
+    """With zeros behind the last feature."""
+    return jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, features - a.shape[-1])])

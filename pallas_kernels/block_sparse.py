@@ -107,8 +107,7 @@ def _matmul(
     transpose: bool,
 ):
     *rest, pieces = rest
-    operands = rest[: epilogue.bias + epilogue.residual]
-    outs = rest[epilogue.bias + epilogue.residual :]
+    operands, outs = rest[: epilogue.operands], rest[epilogue.operands :]
     _, height, width = pieces.shape
     columns, width_out = config.columns, width // config.columns
     depth, tile, tiles = config.depth, config.tile, x.shape[0] // height

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu.fragmented_array import Replicated, Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _ring
-from pallas_kernels.config import ACCUMULATOR, SLICE
+from pallas_kernels.config import ACCUMULATOR, ROWS, SLICE
 
 
 def _sigmoid(x: Array) -> Array:
@@ -27,12 +28,39 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+def _gelu_slope(x: Array) -> Array:
+    x = jnp.clip(x, -16, 16)  # beyond it is 0 or 1, and powers of x overflow
+    t = jnp.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
+    return 0.5 * (1 + t) + 0.3989422804014327 * x * (1 - t * t) * (1 + 0.134145 * x * x)
+
+
+def _silu_slope(x: Array) -> Array:
+    s = _sigmoid(x)
+    return s * (1 + x * (1 - s))
+
+
+# derivatives, finite at every finite x
+SLOPES: dict[str, Callable[[Array], Array]] = {
+    "relu": lambda x: jnp.where(x > 0, 1.0, 0.0),
+    "gelu": _gelu_slope,
+    "silu": _silu_slope,
+    "tanh": lambda x: 1 - jnp.tanh(x) ** 2,
+    "sigmoid": lambda x: _sigmoid(x) * (1 - _sigmoid(x)),
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Epilogue:
     """`y = activation(sums + bias) + residual`; with `keep`, `sums + bias` is a second output.
 
     With `gated`, output blocks are pairs side by side, and
     `y = activation(left) * right + residual` has half the columns.
+
+    With `slope`, the name of an activation, the sums are the gradient of what that returned, and
+    `y = sums * slope'(z)` is the gradient of its argument z, an operand in the place of the
+    residual. If it was `gated`, z and y are pairs, with twice the columns of the sums:
+    `y = (sums * slope'(left) * right, sums * slope(left))`. With `total`, what every 64 tokens add
+    to the sum of y over tokens is a second output, in float32 (the gradient of a bias).
     """
 
     activation: str | None = None
@@ -40,19 +68,33 @@ class Epilogue:
     bias: bool = False
     residual: bool = False
     keep: bool = False
+    slope: str | None = None
+    total: bool = False
+
+    @property
+    def operands(self) -> int:
+        """How many arrays it reads beside the sums."""
+        return self.bias + self.residual + (self.slope is not None)
 
     def outs(self, n: int, columns: int, dtype: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Of `n` tokens and so many columns of sums."""
+        kept = jax.ShapeDtypeStruct((n, columns), dtype)
+        if self.slope is not None:
+            columns *= 1 + self.gated
+            total = jax.ShapeDtypeStruct((n // ROWS, columns), jnp.float32)
+            return (jax.ShapeDtypeStruct((n, columns), dtype), *[total] * self.total)
         y = jax.ShapeDtypeStruct((n, columns // (1 + self.gated)), dtype)
-        return (y, jax.ShapeDtypeStruct((n, columns), dtype)) if self.keep else (y,)
+        return (y, *[kept] * self.keep)
 
     def scratch(
         self, rows: int, width: int, dtype: Any, warpgroups: int, blocks: int = 1
     ) -> tuple[Any, Any]:
         """Shared memory for a slice of a tile of so many blocks, and barriers for what is read into
         it."""
-        columns = min(SLICE, width // (1 + self.gated))
-        if self.activation is not None and rows // warpgroups * width * blocks >= ACCUMULATOR:
+        pairs = self.gated and self.slope is None  # of blocks of sums
+        columns = min(SLICE, width // (1 + pairs))
+        computes = self.activation is not None or self.slope is not None
+        if computes and rows // warpgroups * width * blocks >= ACCUMULATOR:
             columns = min(SLICE // 2, columns)  # few registers are left for what it computes
         staging = _ring.swizzled((rows, columns), columns, dtype)
         return staging, plgpu.Barrier(num_barriers=warpgroups)
@@ -69,9 +111,13 @@ class Epilogue:
     ) -> None:
         """Writes the rows of an output block from there on, a slice at a time.
 
-        `outs` are y and, with `keep`, what goes into the activation; `operands` are bias `[1, m]`
-        and residual, as far as there are any.
+        `outs` are y and, with `keep`, what goes into the activation, or `total`; `operands` are
+        bias `[1, m]` and residual, as far as there are any, or z.
         """
+        if self.slope is not None:
+            act, slope = ACTIVATIONS[self.slope], SLOPES[self.slope]
+            self._write_slope(act, slope, sums, row, block, outs, operands, staging, barrier)
+            return
         rows, width = staging.shape
         rows, half = pl.ds(row, rows), sums.shape[1] // (1 + self.gated)
 
@@ -96,11 +142,65 @@ class Epilogue:
                 part = part * before(half + first)
             here = (rows, pl.ds(block * half + first, width))
             if self.residual:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.copy_gmem_to_smem(operands[-1].at[here], staging, barrier)
-                plgpu.barrier_wait(barrier)
-                part = part + staging[...].astype(part.dtype)
+                part = part + _read(operands[-1].at[here], staging, barrier)
             _stage(part, staging, outs[0].at[here])
+
+    def _write_slope(self, act, slope, sums, row, block, outs, operands, staging, barrier) -> None:
+        (rows, width), side = staging.shape, sums.shape[1]
+
+        def here(first: int) -> tuple[Any, Any]:
+            start = block * side * (1 + self.gated) + first
+            return pl.ds(row, rows), pl.ds(start, width)
+
+        def read(first: int) -> Array:
+            return _read(operands[0].at[here(first)], staging, barrier)
+
+        def put(part: Array, first: int) -> None:
+            tokens, columns = here(first)
+            _stage(part, staging, outs[0].at[tokens, columns])
+            if self.total:
+                for start in range(0, rows, ROWS):
+                    own = plgpu.load(
+                        staging.at[pl.ds(start, ROWS)], layout=_columns(width), optimized=False
+                    )
+                    total = jnp.sum(own.astype(jnp.float32), axis=0)
+                    _store(outs[1].at[lax.div(row + start, ROWS), columns], total)
+                plgpu.commit_smem()  # what was read may be overwritten
+
+        for first in range(0, side, width):
+            part, z = sums[:, first : first + width], read(first)
+            if self.gated:
+                put(part * act(z), side + first)
+                put(part * slope(z) * read(side + first), first)
+            else:
+                put(part * slope(z), first)
+
+
+def _columns(width: int) -> Any:
+    """Where a warp holds eight columns of a matrix whole, so that a sum over rows needs no other:
+    what JAX reserves for sums across warps is shared by all warpgroups of a program."""
+    warps = min(4, width // 8)
+    return plgpu.Layout.TILED(
+        Tiling(((8, 8 * warps), (8,), (2,))),
+        warp_dims=(-3,) if warps == 4 else (-3, Replicated(4 // warps)),
+        lane_dims=(-4, -2),
+        vector_dim=-1,
+    )
+
+
+def _read(operand: Any, staging: Any, barrier: Any) -> Array:
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    plgpu.copy_gmem_to_smem(operand, staging, barrier)
+    plgpu.barrier_wait(barrier)
+    return staging[...].astype(jnp.float32)
+
+
+def _store(out: Any, numbers: Array) -> None:
+    """To global memory, fewer than a cache line at a time, which newer JAX wants to be told."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(out, numbers, optimized=False)
+    else:
+        out[...] = numbers
 
 
 def _stage(part: Array, staging: Any, out: Any) -> None:

@@ -12,6 +12,7 @@ from bsjax import _layers, inits
 from bsjax.linen._linear import BlockLinear
 from bsjax.linen._pattern import FieldPattern
 from bsjax.ops import Implementation
+from bsjax.pattern import BlockPattern
 
 
 class BlockMLP(nn.Module):
@@ -61,12 +62,27 @@ class BlockMLP(nn.Module):
                 name=name,
             )
 
-        up = layer("up", self.hidden_features, self.pattern, self.use_bias and not self.gated)
-        if self.gated:
-            gate = layer("gate", self.hidden_features, self.pattern, False)
-            hidden = gate(x, activation=self.activation) * up(x)
-        else:
-            hidden = up(x, activation=self.activation)
-        out_features = self.out_features or jnp.shape(x)[-1]
-        down = layer("down", out_features, self.down_pattern, self.use_bias)
-        return down(hidden, residual=residual)
+        in_features = jnp.shape(x)[-1] if jnp.ndim(x) else 0
+        return _layers.mlp(
+            x,
+            layer("up", self.hidden_features, self.pattern, self.use_bias and not self.gated),
+            layer("gate", self.hidden_features, self.pattern, False) if self.gated else None,
+            layer("down", self.out_features or in_features, self.down_pattern, self.use_bias),
+            weights=_weights,
+            in_features=in_features,
+            activation=self.activation,
+            residual=residual,
+        )
+
+
+def _weights(layer: BlockLinear, features: int, dtype: Any) -> _layers.Weights:
+    """Those of a layer that takes so many features. It makes and checks them when it is called, if
+    only without tokens."""
+    layer(jnp.zeros((0, features), dtype))
+    variables, p = nn.meta.unbox(layer.variables), layer.pattern
+    params, patterns = variables["params"], variables["patterns"]
+    return _layers.Weights(
+        params["values"],
+        BlockPattern(patterns["row"], patterns["col"], p.grid, p.block),
+        params.get("bias"),
+    )

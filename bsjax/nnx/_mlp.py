@@ -72,8 +72,18 @@ class BlockMLP(nnx.Module):
         self.activation = activation
 
     def __call__(self, x: Any, *, residual: Any = None) -> Float[Array, "*n m"]:
-        if self.gate is None:
-            hidden = self.up(x, activation=self.activation)
-        else:
-            hidden = self.gate(x, activation=self.activation) * self.up(x)
-        return self.down(hidden, residual=residual)
+        return _layers.mlp(
+            x,
+            self.up,
+            self.gate,
+            self.down,
+            weights=_weights,
+            in_features=self.up.in_features,
+            activation=self.activation,
+            residual=residual,
+        )
+
+
+def _weights(layer: BlockLinear, features: int, dtype: Any) -> _layers.Weights:
+    bias = None if layer.bias is None else layer.bias[...]
+    return _layers.Weights(layer.values[...], layer.pattern.get_value(), bias)

@@ -103,6 +103,24 @@ def fused(
     return _matmul(tokens, values, bias_row, p, transpose, x.dtype, options)
 
 
+def sloped(
+    dy: Float[Array, "n i"],
+    values: Float[Array, "e br bc"],
+    p: BlockPattern,
+    z: Float[Array, "n o"],
+    *,
+    transpose: bool,
+    activation: str,
+    gated: bool,
+    total: bool,
+) -> tuple[Array, ...]:
+    """`(dy @ S) * activation'(z)`, or for a pair z the gradient of both, and its sum over tokens
+    in float32 if `total` (not over several GPUs)."""
+    options = {"slope": activation, "gated": gated, "total": total}
+    dz, *totals = _matmul((dy, z), values, (), p, transpose, dy.dtype, options)
+    return dz, *(jnp.sum(rows, axis=0) for rows in totals)
+
+
 def _matmul(
     tokens: tuple[Array, ...],
     values: Array,
