@@ -6,6 +6,7 @@ a step of that half, and so on down to single output blocks (`parts`). So no pro
 computed with a block that is not stored.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -61,12 +62,11 @@ def _grouped(target: Array, source: Array, grid: tuple[int, int], columns: int) 
     rows = groups * columns
     slot_of = jnp.full((rows, inputs), -1, jnp.int32)
     slot_of = slot_of.at[target, source].set(jnp.arange(e, dtype=jnp.int32), mode="drop")
-    free = slot_of.reshape(groups, columns, inputs) >= 0
-    steps = []
+    stored = slot_of.reshape(groups, columns, inputs) >= 0
+    free, steps = [stored[:, i] for i in range(columns)], []
     for first, width in kinds:
-        part = free[:, first : first + width]
-        together = jnp.all(part, axis=1)
-        free = free.at[:, first : first + width].set(part & ~together[:, None])
+        together = functools.reduce(jnp.logical_and, free[first : first + width])
+        free[first : first + width] = [one & ~together for one in free[first : first + width]]
         steps.append(together)
     flat = jnp.stack(steps, axis=1).reshape(groups * len(kinds), inputs)
     ptr = jnp.concatenate([jnp.zeros(1, jnp.int32), _counted(jnp.sum(flat, 1, dtype=jnp.int32))])
