@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
-from bsjax.ops import _core, _reference, _scan
+from bsjax.ops import _core, _mesh, _reference, _scan
 from bsjax.ops._core import Spec
 from bsjax.pattern import BlockPattern
 
@@ -59,9 +59,7 @@ def _late(
     spec: Spec, transpose: bool, x: Array, values: Array, gate: Array, p: BlockPattern
 ) -> Array:
     """Zeros in the place of `x @ S`, which nobody reads."""
-    columns = p.shape[0 if transpose else 1]
-    # of x, so that it varies over the same axes of a mesh
-    return jnp.zeros_like(x, spec.out_dtype, shape=(*x.shape[:-1], columns))
+    return _mesh.zeros(x, p.shape[0 if transpose else 1], spec.out_dtype)
 
 
 def _late_fwd(spec, transpose, *args):

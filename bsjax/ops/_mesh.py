@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
@@ -25,6 +26,13 @@ def vary(array: Array, axes: frozenset[str]) -> Array:
     """`array` cast to vary over `axes` too. The transpose is a sum over the devices of the cast."""
     missing = tuple(axes - varying(array))
     return lax.pcast(array, missing, to="varying") if missing else array
+
+
+def zeros(x: Array, columns: int, dtype: Any) -> Array:
+    """`[..., columns]` for the tokens of `x[..., features]`, placed as they are."""
+    shape = (*x.shape[:-1], columns)
+    (lead, axes), array = _token_axes(x), vary(jnp.zeros(shape, dtype), varying(x))
+    return jax.sharding.reshard(array, lead) if axes else array
 
 
 def per_token(run: Callable[..., Any], x: Array, weights: Any, *others: Array) -> Any:

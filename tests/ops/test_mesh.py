@@ -75,6 +75,29 @@ def test_tokens_are_not_gathered(axis_type, spec, lead, implementation):
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * scale, rtol=0)
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_gates_beside_sharded_tokens(axis_type):
+    gate = jnp.asarray(RNG.normal(size=PATTERN.capacity), jnp.float32).at[::3].set(0.0)
+
+    def step(x, values, gate, dy):
+        def f(x, values, gate):
+            return bsjax.matmul(x, values, PATTERN, gate=gate, implementation="xla")
+
+        y, pull = jax.vjp(f, x, values, gate)
+        return y, *pull(dy)
+
+    wanted = step(X, VALUES, gate, DY)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+    with jax.set_mesh(mesh):
+        x, dy = jax.device_put((X, DY), NamedSharding(mesh, P("data")))
+        values, gates = jax.device_put((VALUES, gate), NamedSharding(mesh, P()))
+        program = jax.jit(step).lower(x, values, gates, dy).compile()
+        ours = program(x, values, gates, dy)
+    assert collectives(program.as_text())["all-gather"] == 0
+    for a, b in zip(ours, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()), rtol=0)
+
+
 def test_block_norms_of_sharded_tokens():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
     key = jax.random.key(0)
