@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.core import Tracer, eval_jaxpr
 from jax.extend.core import get_opaque_trace_state
 from jax.interpreters import partial_eval
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from bsjax.ops import _core, _mesh
@@ -128,9 +129,9 @@ def probe(
     # inside another transformation the operands are not those of one step
     if recorder is None or recorder.state != get_opaque_trace_state() or spec.name == "reference":
         return None
-    axes = _mesh.varying(x, values, p.row, p.col)
-    shape = (*x.shape[:-1], p.shape[0 if transpose else 1])
-    form = _Form(spec, transpose, p.grid, p.block, shape, dtype, axes)
+    varying = _mesh.varying(x, values, p.row, p.col)
+    lead, shape = jax.typeof(x).sharding.spec, (*x.shape[:-1], p.shape[0 if transpose else 1])
+    form = _Form(spec, transpose, p.grid, p.block, shape, dtype, varying, tuple(lead))
     recorder.calls.append(_Call(form, x, values, p))
     return recorder.probes.get(len(recorder.calls) - 1)
 
@@ -144,10 +145,14 @@ class _Form(NamedTuple):
     block: tuple[int, int]
     shape: tuple[int, ...]
     dtype: Any
-    axes: frozenset[str]
+    varying: frozenset[str]
+    lead: tuple[Any, ...]  # explicit mesh axes of the tokens
 
     def probe(self, steps: int) -> Array:
-        return _mesh.vary(jnp.zeros((steps, *self.shape), self.dtype), self.axes)
+        zeros = jnp.zeros((steps, *self.shape), self.dtype)
+        if any(self.lead):  # the type of a cotangent is that of the probe
+            zeros = jax.sharding.reshard(zeros, PartitionSpec(None, *self.lead))
+        return _mesh.vary(zeros, self.varying)
 
 
 class _Call(NamedTuple):
@@ -185,7 +190,7 @@ class _Product(NamedTuple):
     program: Any
     sources: list[Any]
 
-    def gradients(self, sources: list[Array], x: Array, dsums: Array) -> tuple[Array, ...]:
+    def gradients(self, sources: list[Any], x: Array, dsums: Array) -> tuple[Any, ...]:
         """That of each source, from the inputs and the cotangents of all steps."""
         form = self.form
         axes = _mesh.varying(x, dsums, *sources)
