@@ -146,17 +146,19 @@ def test_is_rounded_once(dtype, kept):
     assert_close(got.astype(dtype), want, STEPS * TOKENS)
 
 
-def test_weights_in_a_module(sums):
+@pytest.mark.parametrize(("dtype", "error"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2**-6)])
+def test_weights_in_a_module(dtype, error, sums):
     """A Flax cell that `f` closes over, or that it merges; features that blocks do not divide."""
 
     class Cell(nnx.Module):
         def __init__(self, rngs):
-            options = {"pattern": random_mask(3, 3, 0.7), "block": 4, "rngs": rngs}
-            self.state = bsjax.nnx.BlockLinear(11, 11, dtype=jnp.float32, **options)
+            options = {"pattern": random_mask(3, 3, 0.7), "block": 4, "rngs": rngs, "dtype": dtype}
+            self.state = bsjax.nnx.BlockLinear(11, 11, **options)
             self.input = bsjax.nnx.BlockLinear(10, 11, use_bias=False, **options)
 
         def __call__(self, state, x):
-            state = jnp.tanh(self.state(state, activation="relu") + self.input(x))
+            sums = self.state(state, activation="relu") + self.input(x)
+            state = jnp.tanh(sums.astype(jnp.float32))
             return state, state
 
     _, xs, _ = sequence(width=10)
@@ -173,7 +175,7 @@ def test_weights_in_a_module(sums):
     want = gradient(jax.lax.scan, True)
     for merge in (True, False):
         sums.clear()
-        agree(gradient(bsjax.scan, merge), want, rtol=1e-5)
+        agree(gradient(bsjax.scan, merge), want, error)
         assert sums == [(STEPS, TOKENS, 12)] * 2
 
 
@@ -328,14 +330,15 @@ def test_lengths_and_types_of_the_state():
     def model(scan, w, length):
         def step(state, _):
             total, key = state
-            x = jax.random.normal(key, (TOKENS, K)) + total
+            x = jax.random.normal(key, (TOKENS, K)) + jnp.asarray(total, jnp.float32)
             total = jnp.tanh(bsjax.matmul(x, w["state"], PATTERN)).sum()
+            total = total.astype(jnp.bfloat16)
             return (total, jax.random.split(key)[0]), total
 
         return scan(step, (0.0, jax.random.key(0)), None, length)[1]
 
     for length in (0, STEPS):
-        dy = normal(np.random.default_rng(2), (length,))
+        dy = normal(np.random.default_rng(2), (length,), jnp.bfloat16)
         want, got = (
             gradients(lambda w, f=scan, n=length: model(f, w, n), w, cotangent=dy)
             for scan in (jax.lax.scan, bsjax.scan)
