@@ -48,8 +48,9 @@ def scan(
 
     The backward pass holds the inputs `[time, ..., k]` and the cotangents of the sums
     `[time, ..., m]` of these products. `remat=True` keeps nothing else but the carry of each step
-    and computes the steps again. `f` must be pure, since it is traced twice. Differentiable in
-    reverse mode to any order; second derivatives are summed step by step.
+    and computes the steps again. `f` must be pure, since it is traced twice. Differentiate inside
+    `jit`: outside, every call compiles anew. Reverse mode only, to any order; second derivatives
+    are summed step by step.
 
     After Gray, Radford and Kingma 2017, "GPU Kernels for Block-Sparse Weights", whose code groups
     the updates of time steps (`group_param_grads`).
