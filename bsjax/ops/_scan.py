@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.core import Tracer, eval_jaxpr
 from jax.extend.core import get_opaque_trace_state
 from jax.interpreters import partial_eval
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from bsjax.ops import _core, _mesh
@@ -47,8 +48,9 @@ def scan(
 
     The backward pass holds the inputs `[time, ..., k]` and the cotangents of the sums
     `[time, ..., m]` of these products. `remat=True` keeps nothing else but the carry of each step
-    and computes the steps again. `f` must be pure, since it is traced twice. Differentiable in
-    reverse mode to any order; second derivatives are summed step by step.
+    and computes the steps again. `f` must be pure, since it is traced twice. Differentiate inside
+    `jit`: outside, every call compiles anew. Reverse mode only, to any order; second derivatives
+    are summed step by step.
 
     After Gray, Radford and Kingma 2017, "GPU Kernels for Block-Sparse Weights", whose code groups
     the updates of time steps (`group_param_grads`).
@@ -61,7 +63,7 @@ def scan(
         out, found[:] = _find(f, carry, x)  # if the loop traces again, the last time counts
         return out
 
-    plain, plain_consts = _hoisted(lambda init, xs: loop(finding, init, xs), init, xs)
+    jax.eval_shape(lambda init, xs: loop(finding, init, xs), init, xs)
     shared = {i: product for i, product in enumerate(found) if product.sources}
     if not shared:
         return loop(jax.checkpoint(f, prevent_cse=False) if remat else f, init, xs)
@@ -79,29 +81,28 @@ def scan(
 
     if remat:
         probed = jax.checkpoint(probed, prevent_cse=False)
-    steps = jax.tree.leaves(xs)[0].shape[0] if length is None else length
+    time = jax.tree.leaves(xs)[0].shape[0] if length is None else length
 
     def probes() -> dict[int, Array]:
-        return {i: product.form.probe(steps) for i, product in shared.items()}
+        return {i: product.form.probe(time) for i, product in shared.items()}
 
-    both, both_consts = _hoisted(lambda *args: loop(probed, *args), init, (xs, probes()))
-    # consts are known by identity: those of one function are picked from those of all
-    known = [*plain_consts, *both_consts, *(c for p in shared.values() for c in p.sources)]
-    consts = {id(c): c for c in known}
+    steps, known = _hoisted(lambda *args: loop(probed, *args), init, (xs, probes()))
+    # what is closed over, each once: known by identity, since every function closes over the same
+    consts = {id(c): c for c in [*known, *(c for p in shared.values() for c in p.sources)]}
     at = {key: i for i, key in enumerate(consts)}
-    of_plain, of_both = ([at[id(c)] for c in one] for one in (plain_consts, both_consts))
+    taken = [at[id(c)] for c in known]
     shared = {i: p._replace(sources=[at[id(c)] for c in p.sources]) for i, p in shared.items()}
 
+    def run(consts: list[Any], init: Any, xs: Any, probes: dict[int, Array]) -> Any:
+        carry, (ys, inputs) = steps([consts[i] for i in taken], init, (xs, probes))
+        return (carry, ys), inputs
+
     @jax.custom_vjp
-    def run(consts: list[Any], init: Any, xs: Any) -> Any:
-        return plain([consts[i] for i in of_plain], init, xs)
+    def scanned(consts: list[Any], init: Any, xs: Any) -> Any:
+        return run(consts, init, xs, probes())[0]  # where inputs are not used, they are not kept
 
     def forward(consts: list[Any], init: Any, xs: Any) -> Any:
-        def with_inputs(consts: list[Any], init: Any, xs: Any, probes: Any) -> Any:
-            carry, (ys, inputs) = both([consts[i] for i in of_both], init, (xs, probes))
-            return (carry, ys), inputs
-
-        out, pull, inputs = jax.vjp(with_inputs, consts, init, xs, probes(), has_aux=True)
+        out, pull, inputs = jax.vjp(run, consts, init, xs, probes(), has_aux=True)
         return out, (consts, pull, inputs)
 
     def backward(saved: Any, cotangents: Any) -> Any:
@@ -115,8 +116,8 @@ def scan(
                     dconsts[j] = dconsts[j] + grad
         return dconsts, dinit, dxs
 
-    run.defvjp(forward, backward)
-    return run(list(consts.values()), init, xs)
+    scanned.defvjp(forward, backward)
+    return scanned(list(consts.values()), init, xs)
 
 
 def probe(
@@ -128,9 +129,9 @@ def probe(
     # inside another transformation the operands are not those of one step
     if recorder is None or recorder.state != get_opaque_trace_state() or spec.name == "reference":
         return None
-    axes = _mesh.varying(x, values, p.row, p.col)
-    shape = (*x.shape[:-1], p.shape[0 if transpose else 1])
-    form = _Form(spec, transpose, p.grid, p.block, shape, dtype, axes)
+    varying = _mesh.varying(x, values, p.row, p.col)
+    lead, shape = jax.typeof(x).sharding.spec, (*x.shape[:-1], p.shape[0 if transpose else 1])
+    form = _Form(spec, transpose, p.grid, p.block, shape, dtype, varying, tuple(lead))
     recorder.calls.append(_Call(form, x, values, p))
     return recorder.probes.get(len(recorder.calls) - 1)
 
@@ -144,10 +145,14 @@ class _Form(NamedTuple):
     block: tuple[int, int]
     shape: tuple[int, ...]
     dtype: Any
-    axes: frozenset[str]
+    varying: frozenset[str]
+    lead: tuple[Any, ...]  # explicit mesh axes of the tokens
 
-    def probe(self, steps: int) -> Array:
-        return _mesh.vary(jnp.zeros((steps, *self.shape), self.dtype), self.axes)
+    def probe(self, time: int) -> Array:
+        zeros = jnp.zeros((time, *self.shape), self.dtype)
+        if any(self.lead):  # the type of a cotangent is that of the probe
+            zeros = jax.sharding.reshard(zeros, PartitionSpec(None, *self.lead))
+        return _mesh.vary(zeros, self.varying)
 
 
 class _Call(NamedTuple):
@@ -185,7 +190,7 @@ class _Product(NamedTuple):
     program: Any
     sources: list[Any]
 
-    def gradients(self, sources: list[Array], x: Array, dsums: Array) -> tuple[Array, ...]:
+    def gradients(self, sources: list[Any], x: Array, dsums: Array) -> tuple[Any, ...]:
         """That of each source, from the inputs and the cotangents of all steps."""
         form = self.form
         axes = _mesh.varying(x, dsums, *sources)
