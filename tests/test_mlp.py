@@ -48,6 +48,14 @@ def test_the_second_pattern_is_the_transpose_unless_given():
     assert other(X).shape == (5, 10)
 
 
+def test_a_gate_may_have_a_pattern_of_its_own():
+    """But for kernels, which multiply by both matrices at once."""
+    layer = mlp(gated=True, activation="silu")
+    layer.gate.pattern.set_value(bsjax.BlockPattern.from_mask(MASK[::-1], 8))
+    want = (jax.nn.silu(X @ weight(layer.gate)) * (X @ weight(layer.up))) @ weight(layer.down)
+    assert_close(layer(X), want, 80)
+
+
 @pytest.mark.parametrize("gated", [False, True])
 def test_both_dialects_agree(gated):
     ours = mlp(gated=gated, bias_init=jax.nn.initializers.normal())
