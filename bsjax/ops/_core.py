@@ -32,6 +32,7 @@ class Spec:
     name: str
     precision: Any
     out_dtype: Any
+    operands: Any = None  # what kernels of one dtype get: a cotangent may come in another
 
 
 def matmul(
@@ -78,7 +79,7 @@ def _run_sddmm(spec: Spec, x: Array, y: Array, p: BlockPattern) -> Array:
 
 
 def _stage_matmul(spec: Spec, transpose: bool, x: Array, values: Array, p: BlockPattern) -> Array:
-    x, values = _one_dtype(x, values)
+    x, values = _one_dtype(spec, x, values)
 
     def run(name: str, x: Array, weights: tuple[Array, BlockPattern]) -> Array:
         return _IMPLEMENTATIONS[name].matmul(
@@ -90,7 +91,7 @@ def _stage_matmul(spec: Spec, transpose: bool, x: Array, values: Array, p: Block
 
 
 def _stage_sddmm(spec: Spec, x: Array, y: Array, p: BlockPattern) -> Array:
-    x, y = _one_dtype(x, y)
+    x, y = _one_dtype(spec, x, y)
 
     def run(name: str, x: Array, y: Array, p: BlockPattern) -> Array:
         return _IMPLEMENTATIONS[name].sddmm(
@@ -197,8 +198,8 @@ def saved(*residuals: Any) -> tuple[Any, ...]:
     return jax.tree.map(lambda a: jnp.copy(a) if isinstance(a, Tracer) else a, residuals)
 
 
-def _one_dtype(a: Array, b: Array) -> tuple[Array, Array]:
-    dtype = _reference.common_dtype(a.dtype, b.dtype)
+def _one_dtype(spec: Spec, a: Array, b: Array) -> tuple[Array, Array]:
+    dtype = spec.operands or _reference.common_dtype(a.dtype, b.dtype)
     return a.astype(dtype), b.astype(dtype)
 
 

@@ -88,7 +88,7 @@ def mlp(
 
     With a gated `form`, U is a `pair`.
     """
-    spec = Spec("mosaic", validate.precision("matmul", precision), x.dtype)
+    spec = Spec("mosaic", validate.precision("matmul", precision), x.dtype, x.dtype)
     x, up, down, residual = _core.same_axes(x, up, down, residual)
     return _mlp(spec, form, x, up, down, residual)
 

@@ -189,7 +189,8 @@ def _spec(
         dtype=_reference.common_dtype(pair[0].dtype, pair[1].dtype),
     )
     check(wanted, problem)
-    return _core.Spec(wanted, validate.precision(op, precision), dtype)
+    operands = problem.dtype if wanted == "mosaic" else None
+    return _core.Spec(wanted, validate.precision(op, precision), dtype, operands)
 
 
 def _one_kernel(spec: _core.Spec, x: Array, p: BlockPattern, residual: Array | None) -> bool:

@@ -203,6 +203,20 @@ def test_epilogues(activation, bias, residual, block):
     checked(*h200.compiled(step, *(h200.argument(place, *s) for s in shapes)))
 
 
+def test_a_function_as_activation():
+    """Its cotangent is float32, and kernels take 16 bits."""
+    place, grid = h200.mesh(), (64, 64)
+
+    def step(x, values, row, col):
+        p = bsjax.BlockPattern(row, col, grid, (64, 64))
+        options = {"activation": jnp.sin, "implementation": "mosaic"}
+        y, pull = jax.vjp(lambda x, v: bsjax.matmul(x, v, p, **options), x, values)
+        return y, *pull(y)
+
+    shapes = [((8192, 4096), bf16), ((400, 64, 64), bf16), *[((400,), jnp.int32)] * 2]
+    checked(*h200.compiled(step, *(h200.argument(place, *s) for s in shapes)))
+
+
 @pytest.mark.parametrize("block", [64, pytest.param(128, marks=pytest.mark.slow)])
 def test_gated_linear_unit(block):
     place, grid = h200.mesh(), (4096 // block, 4096 // block)

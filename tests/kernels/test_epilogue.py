@@ -107,6 +107,13 @@ def test_gated_linear_unit(block, activation):
     close(case, got, run("reference", jnp.float32))
 
 
+def test_a_function_runs_after_the_kernel():
+    """And its float32 cotangent is rounded for the kernels of the backward pass."""
+    case = Case(mask=random_mask(2, 2, 0.75), block=64, n=70)
+    which = {"bias": True, "activation": jax.nn.softplus, "gate": True}
+    close(case, run(case, "mosaic", **which), run(case, "reference", **which))
+
+
 def test_nothing_stored():
     case = Case(mask=np.zeros((3, 2), bool), block=32, n=5)
     which = {"bias": True, "residual": True, "activation": "relu"}
