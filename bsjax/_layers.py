@@ -119,8 +119,9 @@ def mlp(
     """`down(activation(up(x)))`, or `down(activation(gate(x)) * up(x))`, plus a residual.
 
     With implementation="mosaic" it is one operation, whose derivatives are fused too, if the
-    activation has a name and blocks divide the hidden features; `weights(layer, features, dtype)`
-    gives those of a layer that is called with such inputs. Everything else goes through the layers:
+    activation has a name, blocks divide the hidden features and gate and up can be seen to have one
+    pattern; `weights(layer, features, dtype)` gives those of a layer that is called with such
+    inputs. Everything else goes through the layers:
     on a CPU one product for gate and up takes longer with its derivatives than two.
     """
     x = jnp.asarray(x)
@@ -158,6 +159,8 @@ def _fused_mlp(
     whole = layers[0].out_features == up.p.shape[1]
     biased = gated and any(one.bias is not None for one in (up, *gate))
     if not whole or biased or not _mlp.fits(x, up.p, down.p, gated=gated):
+        return None
+    if gate and not _mlp.alike(gate[0].p, up.p):
         return None
     if gate:
         up = _mlp.pair(gate[0], up)

@@ -48,10 +48,11 @@ def test_the_second_pattern_is_the_transpose_unless_given():
     assert other(X).shape == (5, 10)
 
 
-def test_a_gate_may_have_a_pattern_of_its_own():
-    """But for kernels, which multiply by both matrices at once."""
-    layer = mlp(gated=True, activation="silu")
-    layer.gate.pattern.set_value(bsjax.BlockPattern.from_mask(MASK[::-1], 8))
+def test_gate_and_up_move_together_unless_they_are_parted():
+    layer, other = mlp(gated=True, activation="silu"), bsjax.BlockPattern.from_mask(MASK[::-1], 8)
+    layer.up.pattern.set_value(other)
+    assert layer.gate.pattern.get_value().equals(other)
+    layer.gate.pattern = bsjax.nnx.Pattern(bsjax.BlockPattern.from_mask(MASK, 8))
     want = (jax.nn.silu(X @ weight(layer.gate)) * (X @ weight(layer.up))) @ weight(layer.down)
     assert_close(layer(X), want, 80)
 

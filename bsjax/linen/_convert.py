@@ -20,8 +20,9 @@ def from_nnx(model: Any) -> dict[str, Any]:
     `layers_i`, as Linen names it. States of random numbers are left out: Linen has none.
     """
     flat: dict[Path, Any] = {}
-    for path, value in ((path, v.get_value()) for path, _, v in _variables(model)):
-        flat |= _leaves(path, value)
+    for paths, value in ((paths, v.get_value()) for paths, _, v in _variables(model)):
+        for path in paths:
+            flat |= _leaves(path, value)
     return traverse_util.unflatten_dict(flat)
 
 
@@ -46,32 +47,60 @@ def to_nnx(variables: Any, model: Any) -> None:
             "layers under the same names."
         )
     fitting = []
-    for path, key, variable in _variables(model):
-        ours = variable.get_value()
-        state = {name: given.get(name, leaf) for name, leaf in _leaves(path, ours).items()}
-        try:
-            value = _fitted(ours, state)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"to_nnx: {'/'.join(path)}: {error}") from None
-        fitting.append((key, variable.replace(value)))
+    for paths, key, variable in _variables(model):
+        ours, values = variable.get_value(), []
+        for path in paths:
+            state = {name: given.get(name, leaf) for name, leaf in _leaves(path, ours).items()}
+            try:
+                values.append(_fitted(ours, state))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"to_nnx: {'/'.join(path)}: {error}") from None
+        if not all(values[0].equals(other) for other in values[1:]):
+            names = " and ".join("/".join(path) for path in paths)
+            raise ValueError(
+                f"to_nnx: {names} hold different patterns, `model` they are one "
+                "variable: give the second layer a variable of its own."
+            )
+        fitting.append((key, variable.replace(values[0])))
     nnx.update(model, nnx.from_flat_state(fitting))
 
 
-def _variables(model: Any) -> list[tuple[Path, Any, Any]]:
-    """Of every variable: its path in Linen, its path in NNX, itself."""
+def _variables(model: Any) -> list[tuple[list[Path], Any, Any]]:
+    """Of every variable: its paths in Linen, its path in NNX, itself.
+
+    A pattern that layers share has a path for each, since in Linen each has its own.
+    """
     kept = nnx.state(model, nnx.All(nnx.Variable, nnx.Not(nnx.RngState)))
-    found = []
+    shared, found = _places(model), []
     for key, variable in nnx.to_flat_state(kept):
-        path = [nnx.variable_name_from_type(type(variable), allow_register=True)]
-        for part in key:
-            if isinstance(part, int):
-                path[-1] += f"_{part}"
-            else:
-                path.append(str(part))
-        if isinstance(variable.get_value(), BlockPattern) and path[-1] == "pattern":
-            path.pop()  # Linen keeps the coordinates beside each other in the layer
-        found.append((tuple(path), key, variable))
+        kind = nnx.variable_name_from_type(type(variable), allow_register=True)
+        pattern = isinstance(variable.get_value(), BlockPattern)
+        keys = shared.get(key, [key]) if pattern else [key]
+        found.append(([_path(kind, one, pattern) for one in keys], key, variable))
     return found
+
+
+def _places(model: Any) -> dict[Any, list[Any]]:
+    """For each attribute that is a variable, all attributes that are the same one."""
+    places: dict[int, list[Any]] = {}
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Module):
+            for name, value in vars(node).items():
+                if isinstance(value, nnx.Variable):
+                    places.setdefault(id(value), []).append((*path, name))
+    return {key: keys for keys in places.values() for key in keys}
+
+
+def _path(kind: str, key: Any, pattern: bool) -> Path:
+    path = [kind]
+    for part in key:
+        if isinstance(part, int):
+            path[-1] += f"_{part}"
+        else:
+            path.append(str(part))
+    if pattern and path[-1] == "pattern":
+        path.pop()  # Linen keeps the coordinates beside each other in the layer
+    return tuple(path)
 
 
 def _leaves(path: Path, value: Any) -> dict[Path, Any]:

@@ -20,9 +20,9 @@ class BlockMLP(nnx.Module):
     of D: by default the transpose, so that in_features and out_features are equal. Each is a
     `BlockPattern`, or a bool mask with `block=`.
 
-    Submodules `up`, `down` and `gate` are `BlockLinear`s, which take the remaining arguments. The
-    activation ("relu", "gelu", "silu", "tanh", "sigmoid" or a function) and a residual run inside
-    the kernel where one runs.
+    Submodules `up`, `down` and `gate` are `BlockLinear`s, which take the remaining arguments; gate
+    and up share their variable `pattern`. The activation ("relu", "gelu", "silu", "tanh", "sigmoid"
+    or a function) and a residual run inside the kernel where one runs.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class BlockMLP(nnx.Module):
         self.gate: BlockLinear | None
         if gated:
             self.gate = layer((in_features, hidden_features), up, False)
+            self.gate.pattern = self.up.pattern  # one variable: it cannot be moved for one only
         else:
             self.gate = nnx.data(None)
         self.down = layer((hidden_features, out_features or in_features), down, use_bias)

@@ -45,21 +45,18 @@ def paired(p: BlockPattern) -> BlockPattern:
     return BlockPattern(p.row, p.col, p.grid, (p.block[0], 2 * p.block[1]))
 
 
+def alike(p: BlockPattern, q: BlockPattern) -> bool:
+    """Whether two patterns can be seen to be one: by their coordinates, or as the same variable."""
+    if (p.grid, p.block) != (q.grid, q.block):
+        return False
+    if p.row is q.row and p.col is q.col:
+        return True
+    return is_concrete(p.row, p.col, q.row, q.col) and p.equals(q)
+
+
 def pair(gate: Weights, up: Weights) -> Weights:
-    """Both as one, the gate on the left. They must have one pattern: where that cannot be seen,
-    under jit, any other makes the result NaN."""
-    p, q = up.p, gate.p
-    alike = (p.grid, p.block, p.capacity) == (q.grid, q.block, q.capacity)
-    seen = is_concrete(p.row, p.col, q.row, q.col)
-    if not alike or (seen and not p.equals(q)):
-        raise ValueError(
-            'BlockMLP: implementation="mosaic" multiplies by `gate` and `up` at once, but their '
-            "patterns differ: move the blocks of both, or use another implementation."
-        )
-    left = gate.values
-    if not seen:
-        left = jnp.where(jnp.all((p.row == q.row) & (p.col == q.col)), left, jnp.nan)
-    return Weights(jnp.concatenate([left, up.values], axis=2), paired(p), None)
+    """Both as one, the gate on the left, for a pattern of both."""
+    return Weights(jnp.concatenate([gate.values, up.values], axis=2), paired(up.p), None)
 
 
 def fits(x: Array, up: BlockPattern, down: BlockPattern, *, gated: bool) -> bool:

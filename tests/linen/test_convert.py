@@ -243,3 +243,22 @@ def test_refused(change, kind, message):
         to_nnx(given, ours)
     assert "\n" not in str(caught.value)
     jax.tree.map(np.testing.assert_array_equal, from_nnx(ours), before)  # nothing was changed
+
+
+def test_a_pattern_that_layers_share():
+    """In Linen each has its own, and both must be the same on the way back."""
+    model = bsjax.nnx.BlockMLP(
+        16, 16, pattern=np.eye(2, dtype=bool), block=8, gated=True, rngs=nnx.Rngs(0)
+    )
+    variables = bsjax.linen.from_nnx(model)
+    assert set(variables["patterns"]) == {"up", "gate", "down"}
+    other = bsjax.BlockPattern.from_mask(np.eye(2, dtype=bool)[::-1], 8)
+    for name in ("up", "gate"):
+        variables["patterns"][name] |= {"row": other.row, "col": other.col}
+    bsjax.linen.to_nnx(variables, model)
+    assert model.up.pattern is model.gate.pattern
+    assert model.up.pattern.get_value().equals(other)
+    variables["patterns"]["gate"] |= {"row": other.row[::-1], "col": other.col}
+    message = "to_nnx: patterns/gate and patterns/up hold different patterns, but in `model`"
+    with pytest.raises(ValueError, match=message):
+        bsjax.linen.to_nnx(variables, model)
