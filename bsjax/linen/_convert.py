@@ -58,8 +58,8 @@ def to_nnx(variables: Any, model: Any) -> None:
         if not all(values[0].equals(other) for other in values[1:]):
             names = " and ".join("/".join(path) for path in paths)
             raise ValueError(
-                f"to_nnx: {names} hold different patterns, `model` they are one "
-                "variable: give the second layer a variable of its own."
+                f"to_nnx: {names} hold different patterns, but in `model` they are "
+                "one variable: give the second layer a variable of its own."
             )
         fitting.append((key, variable.replace(values[0])))
     nnx.update(model, nnx.from_flat_state(fitting))
