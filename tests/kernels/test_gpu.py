@@ -1,6 +1,9 @@
 """Kernels on a GPU: what the interpreter and the compiler cannot see. `-m gpu --require-gpu`."""
 
+import contextlib
+import dataclasses
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,9 @@ import pytest
 
 import bsjax
 from bsjax import patterns
+from pallas_kernels import config
 from tests.helpers import Case, assert_close, hub_mask, islands_mask, kept, products, random_mask
+from tests.kernels import test_epilogue
 from tests.kernels.test_interpreted import CASES, MORE_SIDES
 
 pytestmark = pytest.mark.gpu
@@ -74,9 +79,78 @@ def test_empty_rows_and_columns():
     conforms(Case(mask=islands_mask(64, 64), block=64, n=1000))
 
 
+@pytest.mark.parametrize(("columns", "cluster"), [(2, 1), (4, 1), (1, 2), (2, 2), (4, 2)], ids=str)
+@pytest.mark.parametrize("side", [64, pytest.param(16, marks=pytest.mark.slow)])
+def test_what_is_read_is_shared(side, columns, cluster, monkeypatch):
+    """By output blocks side by side, and by programs with other tokens."""
+    heuristic = config.for_matmul
+
+    def shared(n, block, out_bytes, workers, **options):
+        found = heuristic(n, block, out_bytes, workers, **options)
+        chosen = {"columns": columns, "cluster": cluster, "workers": workers // cluster}
+        return config.staged(dataclasses.replace(found, tile=128, **chosen), block[1], out_bytes)
+
+    monkeypatch.setattr(config, "for_matmul", shared)
+    jax.clear_caches()
+    conforms(big(side, 0.25, n=1000, side=2048))
+
+
 @pytest.mark.parametrize("n", [1, 64, 65, 200])
 def test_few_tokens(n):
     conforms(big(32, 0.05, n=n))
+
+
+@pytest.mark.parametrize(
+    "which",
+    [
+        {"bias": True, "residual": True, "activation": "gelu"},
+        {"bias": True, "activation": "silu", "transpose": True},
+        {"residual": True, "dtype": f16},
+        {"gate": True},
+        {"bias": True, "activation": jax.nn.softplus},
+    ],
+    ids=str,
+)
+def test_epilogues_and_their_gradients(which, monkeypatch):
+    monkeypatch.setattr(test_epilogue, "interpreted", contextlib.nullcontext)
+    case = big(64, 0.1, n=1000, side=1024)
+    got, want = (test_epilogue.run(case, name, **which) for name in ("mosaic", "reference"))
+    test_epilogue.close(case, got, want)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_feed_forward_layer(gated):
+    """Whose gradients of activation and bias are an epilogue of the product with D^T."""
+    nnx = pytest.importorskip("flax.nnx")
+    modules = importlib.import_module("bsjax.nnx")
+    mask, x = random_mask(16, 32, 0.2), jnp.ones((700, 1024), bf16)
+    x = x * jax.random.normal(jax.random.key(0), x.shape, bf16)
+
+    def run(implementation):
+        model = modules.BlockMLP(
+            1024,
+            2048,
+            pattern=mask,
+            block=64,
+            gated=gated,
+            activation="silu",
+            dtype=bf16,
+            bias_init=jax.nn.initializers.normal(),
+            implementation=implementation,
+            rngs=nnx.Rngs(0),
+        )
+
+        def loss(model):
+            y = model(x, residual=x)
+            return jnp.sum(y.astype(jnp.float32) * jnp.sin(jnp.arange(1024.0))[None]), y
+
+        grads, y = nnx.jit(nnx.grad(loss, has_aux=True))(model)
+        return jax.tree.leaves((grads, y))
+
+    for g, w in zip(run("mosaic"), run("dense"), strict=True):
+        g, w = (np.asarray(a).astype(np.float32) for a in (g, w))
+        # each step of the chain rounds once, in one order or another
+        assert np.abs(g - w).max() <= 4 * float(jnp.finfo(bf16).eps) * np.abs(w).max()
 
 
 def test_many_times_the_same_bits():
