@@ -109,7 +109,7 @@ def test_few_tokens(n):
         {"gate": True},
         {"bias": True, "activation": jax.nn.softplus},
     ],
-    ids=str,
+    ids=["everything", "transposed", "float16", "gate", "a function"],
 )
 def test_epilogues_and_their_gradients(which, monkeypatch):
     monkeypatch.setattr(test_epilogue, "interpreted", contextlib.nullcontext)
