@@ -28,7 +28,7 @@ def sampled_matmul(
     w: Any,
     *,
     key: Any,
-    fraction: float,
+    fraction: float | int,
     sampler: Sampler = "systematic",
     block: int = 1,
     policy: Policy = "forward",
@@ -70,12 +70,13 @@ def sampled_matmul(
     named("sampler", sampler, SAMPLERS)
     named("policy", policy, POLICIES)
     named("implementation", implementation, IMPLEMENTATIONS)
+    share = _share(fraction)
     spec = Spec(
         policy=policy,
         sampler=sampler,
-        fraction=_share(fraction),
+        fraction=share,
         block=size(OP, "block", block, least=1),
-        compact=_compact(implementation, sampler, fraction),
+        compact=_compact(implementation, sampler, share),
         features=w.shape[0],
         x_dtype=x.dtype,
         w_dtype=w.dtype,
@@ -134,7 +135,7 @@ def _share(fraction: Any) -> float:
     return float(fraction)
 
 
-def _compact(implementation: str, sampler: str, fraction: float) -> bool:
+def _compact(implementation: str, sampler: str, share: float) -> bool:
     """Whether what is sampled is copied, or the rest multiplied by zero."""
     fixed = sampler != "bernoulli"
     reason = None
@@ -148,7 +149,7 @@ def _compact(implementation: str, sampler: str, fraction: float) -> bool:
             'Use implementation="auto", which takes the fastest that can.'
         )
     if implementation == "auto":
-        return fixed and fraction <= BREAK_EVEN
+        return fixed and share <= BREAK_EVEN
     return implementation == "xla"
 
 

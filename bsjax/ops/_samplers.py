@@ -71,9 +71,14 @@ def _tails(ordered: Array) -> Array:
     return jnp.cumsum(ordered[::-1])[::-1]
 
 
+def _shuffled(key: Any, groups: int) -> Array:
+    """A random order. Ties of 32 bits are too few to matter, so one sort will do."""
+    return jnp.argsort(jax.random.bits(key, (groups,), jnp.uint32))
+
+
 def _uniform(key: Any, scores: Array, t: int) -> Array:
     groups = scores.shape[0]
-    return jnp.where(jax.random.permutation(key, groups) < t, jnp.float32(groups / t), 0)
+    return jnp.where(_shuffled(key, groups) < t, jnp.float32(groups / t), 0)
 
 
 def _with_replacement(key: Any, z: Array, t: int) -> Array:
@@ -83,13 +88,13 @@ def _with_replacement(key: Any, z: Array, t: int) -> Array:
 
 def _bernoulli(key: Any, z: Array, t: int) -> Array:
     pi = inclusion(z, t)
-    return jnp.where(jax.random.uniform(key, z.shape) < pi, 1 / pi, 0)
+    return jnp.where(jax.random.uniform(key, z.shape, z.dtype) < pi, 1 / pi, 0)
 
 
 def _systematic(key: Any, z: Array, t: int) -> Array:
     pi = inclusion(z, t)
     to_order, to_start = jax.random.split(key)
-    order = jax.random.permutation(to_order, z.shape[0])
+    order = _shuffled(to_order, z.shape[0])
     shuffled = pi[order]
     # The running sum modulo 1, in units of 2^-32: a float32 sum of thousands would round what is
     # small, this one is exact. It wraps where it passes a point.
@@ -102,7 +107,7 @@ def _systematic(key: Any, z: Array, t: int) -> Array:
 
 
 def _priority(key: Any, z: Array, t: int) -> Array:
-    q = z / (1 - jax.random.uniform(key, z.shape))  # (0, 1]: nothing is divided by zero
+    q = z / (1 - jax.random.uniform(key, z.shape, z.dtype))  # (0, 1]: nothing is divided by zero
     best, index = jax.lax.top_k(q, t + 1)
     return jnp.zeros_like(z).at[index[:t]].set(jnp.maximum(1, best[t] / z[index[:t]]))
 
