@@ -10,9 +10,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize(
-    "name", ["README.md", *(f"docs/{page}.md" for page in ("products", "modules", "kernels"))]
-)
+PAGES = ("products", "sampling", "modules", "kernels")
+
+
+@pytest.mark.parametrize("name", ["README.md", *(f"docs/{page}.md" for page in PAGES)])
 def test_the_examples_run(name):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
     assert len(blocks) >= 2

@@ -7,14 +7,20 @@ from bsjax.ops._products import glu as glu
 from bsjax.ops._products import matmul as matmul
 from bsjax.ops._products import sddmm as sddmm
 from bsjax.ops._products import todense as todense
+from bsjax.ops._sampled import Policy as Policy
+from bsjax.ops._sampled import sampled_matmul as sampled_matmul
+from bsjax.ops._samplers import Sampler as Sampler
 from bsjax.ops._scan import scan as scan
 
 __all__ = [
     "Implementation",
+    "Policy",
+    "Sampler",
     "block_norms",
     "fromdense",
     "glu",
     "matmul",
+    "sampled_matmul",
     "scan",
     "sddmm",
     "todense",

@@ -83,6 +83,26 @@ def sddmm(
     return fromdense(dense, p).astype(out_dtype)
 
 
+def sampled_matmul(
+    x: Float[Array, "*n k"], w: Float[Array, "k m"], weights: Float[Array, " i"], policy: str
+) -> Float[Array, "*n m"]:
+    """`sum_i weights_i x_i w_i`, over features; with policy "weight" `x @ w`, and the gradient of w
+    is `sum_i weights_i x_i dy_i`, over tokens."""
+    kept = accumulator(x, w)
+    wide, w, weights = (a.astype(kept) for a in (x, w, weights))
+
+    def product(x: Array, w: Array) -> Array:
+        return jnp.einsum("...k,km->...m", x, w, precision="highest")
+
+    if policy == "forward":
+        y = product(wide, jnp.expand_dims(weights, 1) * w)
+    else:
+        constant = jax.lax.stop_gradient(w)
+        tokens = jax.lax.stop_gradient(wide) * weights.reshape(*x.shape[:-1], 1)
+        y = product(wide, constant) + product(tokens, w - constant)
+    return y.astype(x.dtype)
+
+
 def common_dtype(*dtypes: Any) -> Any:
     """The dtype that holds all of them, also where JAX is told to promote nothing silently."""
     with jax.numpy_dtype_promotion("standard"):
