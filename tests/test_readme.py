@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", *(f"docs/{page}.md" for page in ("products", "sampling", "modules", "kernels"))]
+    "name",
+    ["README.md", *(f"docs/{page}.md" for page in ("products", "sampling", "modules", "kernels"))],
 )
 def test_the_examples_run(name):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
