@@ -87,7 +87,7 @@ def sampled_matmul(
     x: Float[Array, "*n k"], w: Float[Array, "k m"], weights: Float[Array, " i"], policy: str
 ) -> Float[Array, "*n m"]:
     """`sum_i weights_i x_i w_i`, over features; with policy "weight" `x @ w`, and the gradient of w
-    is `sum_i weights_i x_i dy_i`, over tokens."""
+    is `sum_i weights_i x_i dy_i`, over tokens (which autodiff differentiates once only)."""
     kept = accumulator(x, w)
     wide, w, weights = (a.astype(kept) for a in (x, w, weights))
 

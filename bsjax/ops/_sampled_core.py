@@ -105,7 +105,7 @@ class Spec:
             return None
         # what is not read is not computed
         scored = jnp.ones(cut.groups) if self.sampler == "uniform" else scores()
-        return lax.stop_gradient(_samplers.weigh(self.sampler, key, scored, cut.taken))
+        return _samplers.weigh(self.sampler, key, scored, cut.taken)
 
     def sample(self, cut: Cut, weights: Array | None) -> tuple[Index, Scale]:
         """What is taken and what it counts."""
@@ -131,8 +131,8 @@ class Spec:
 
 
 def squares(a: Array) -> Array:
-    """In float32 at least."""
-    return jnp.square(a.astype(_reference.accumulator(a)))
+    """In float32 at least, and constant: nothing is differentiated through a sample."""
+    return jnp.square(lax.stop_gradient(a).astype(_reference.accumulator(a)))
 
 
 def of_features(x: Array) -> Float[Array, " k"]:

@@ -231,3 +231,32 @@ def test_unbiased(policy):
         assert 0.4 * one / keys <= squared(mean - truth) <= 2 * one / keys + 1e-8 * squared(truth)
     biased = run(x, w, dy, KEY, policy=policy, sampler="top_k")
     assert squared(biased[2] - exact[2]) > 3 * want[2] / keys  # and a bias would be seen
+
+
+@pytest.mark.parametrize("policy", POLICIES[::2])
+def test_second_order(policy):
+    """The derivative of both gradients, with the sample held constant, as written by hand."""
+    x, w, dy = inputs((9,))
+    squares = [np.square(x).sum(1)]
+    if policy == "forward":
+        squares = [np.square(x).sum(0), np.square(w).sum(1)]
+    drawn = jnp.asarray(weights(KEY, "priority", 1, squares), jnp.float32)
+    for_k = drawn[None] if policy == "forward" else 1
+    for_n = drawn[:, None] if policy == "weight" else 1
+
+    def gradients(x, w, dy):
+        options = {"fraction": 0.5, "policy": policy, "sampler": "priority"}
+        y, pull = jax.vjp(lambda x, w: bsjax.sampled_matmul(x, w, key=KEY, **options), x, w)
+        return pull(jnp.cos(y) * dy)
+
+    def by_hand(x, w, dy):
+        c = jnp.cos((x * for_k) @ w) * dy
+        return c @ w.T * for_k, (x * for_k).T @ (c * for_n)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def twice(f, x, w, dy):
+        first, pull = jax.vjp(f, x, w, dy)
+        return pull(jax.tree.map(jnp.cos, first))
+
+    for ours, theirs in zip(twice(gradients, x, w, dy), twice(by_hand, x, w, dy), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4 * float(abs(theirs).max()))

@@ -63,24 +63,6 @@ def test_keys_change_the_sample_without_compiling_again():
     np.testing.assert_array_equal(first[0], raw[0])
 
 
-def test_second_order():
-    """The derivative of a gradient, with the sample held constant, as the reference has it."""
-    x, w, dy = inputs((5,))
-
-    def gradient(x, w, dy, name):
-        options = {"key": KEY, "fraction": 0.5, "implementation": name, "sampler": "priority"}
-        f = lambda x, w: jnp.vdot(jnp.sin(bsjax.sampled_matmul(x, w, **options)), dy)  # noqa: E731
-        return jax.grad(f, (0, 1))(x, w)
-
-    @functools.partial(jax.jit, static_argnums=3)
-    def twice(x, w, dy, name):
-        dx, pull = jax.vjp(lambda *a: gradient(*a, name), x, w, dy)
-        return pull(jax.tree.map(jnp.cos, dx))
-
-    for ours, theirs in zip(twice(x, w, dy, "xla"), twice(x, w, dy, "reference"), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-3)
-
-
 def test_nan_under_jit():
     """It cannot be an error there: all that is sampled becomes NaN, and nothing else."""
     x, w, dy = inputs()
