@@ -29,7 +29,7 @@ def block_norms(
     x, dy = validate.array(op, "x", x), validate.array(op, "dy", dy)
     br, bc = pair(op, "block", block)
     rank = size(op, "rank", rank, least=1)
-    key = _key(op, key)
+    key = validate.key(op, key)
     for name, array, side in (("x", x, br), ("dy", dy, bc)):
         if array.ndim == 0 or array.shape[-1] % side:
             raise ValueError(
@@ -65,15 +65,3 @@ def _project(x: Array, side: int, projection: Array | None) -> Float[Array, "n b
     if projection is None:
         return blocks
     return jnp.einsum("nbs,bsr->nbr", blocks, projection, precision="highest")
-
-
-def _key(op: str, key: Any) -> Array:
-    """A PRNG key, typed or raw; an integer seed is a mistake that would repeat silently."""
-    if hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0:
-        return key
-    if hasattr(key, "dtype") and key.dtype == jnp.uint32 and key.shape == (2,):
-        return jax.random.wrap_key_data(jnp.asarray(key))
-    raise TypeError(
-        f"{op}: `key` must be one PRNG key, got {key!r}: make one with jax.random.key(seed) and "
-        "split it for every call."
-    )

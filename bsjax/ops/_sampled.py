@@ -8,7 +8,6 @@ from jaxtyping import Array, Float
 
 from bsjax.ops import _core, _mesh, _reference, _sampled_core
 from bsjax.ops import _validate as validate
-from bsjax.ops._block_norms import _key as one_key
 from bsjax.ops._choose import IMPLEMENTATIONS, Implementation
 from bsjax.ops._sampled_core import Cut, Spec, of_features, of_tokens, squares
 from bsjax.ops._samplers import SAMPLERS, Sampler
@@ -91,7 +90,7 @@ def sampled_matmul(
     if key is None:
         x, w = _core.same_axes(x, w)
         return _sampled_core.forward(spec, x, w, None)
-    key = one_key(OP, key)
+    key = validate.key(OP, key)
     if policy == "backward":
         x, w = _core.same_axes(x, w)
         return _sampled_core.exact(spec, x, w, key)

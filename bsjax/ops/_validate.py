@@ -109,6 +109,18 @@ def flag(op: str, name: str, value: Any) -> bool:
     return bool(value)
 
 
+def key(op: str, key: Any) -> jax.Array:
+    """A PRNG key, typed or raw; an integer seed is a mistake that would repeat silently."""
+    if hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0:
+        return key
+    if hasattr(key, "dtype") and key.dtype == jnp.uint32 and key.shape == (2,):
+        return jax.random.wrap_key_data(jnp.asarray(key))
+    raise TypeError(
+        f"{op}: `key` must be one PRNG key, got {key!r}: make one with jax.random.key(seed) and "
+        "split it for every call."
+    )
+
+
 def precision(op: str, value: Any) -> Any:
     """None means full float32 for float32 operands."""
     if value is None:
