@@ -49,7 +49,8 @@ def test_scan_and_remat_repeat_the_sample(policy):
     want, *got = (jax.jit(jax.grad(f, (0, 1)))(x, w / 8) for f in (unrolled, *loops))
     for one in got:
         for ours, theirs in zip(one, want, strict=True):
-            np.testing.assert_allclose(ours, theirs, atol=1e-5 * float(abs(theirs).max()))
+            few = 16 * float(jnp.finfo(jnp.float32).eps)  # of some steps in another order
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=few * float(abs(theirs).max()))
 
 
 def test_keys_change_the_sample_without_compiling_again():

@@ -154,7 +154,8 @@ def test_systematic_samples_of_many_groups():
     weights = np.asarray(jax.jit(weigh, static_argnums=(0, 3))("systematic", KEY, scores, t))
     assert (weights > 0).sum() == t
     # the sum of what the scores are proportional to has no variance
-    np.testing.assert_allclose(weights @ np.asarray(scores), scores.sum(), rtol=1e-4)
+    walk = groups**0.5 * float(jnp.finfo(jnp.float32).eps)  # of the roundings of a running sum
+    np.testing.assert_allclose(weights @ np.asarray(scores), scores.sum(), rtol=walk)
 
 
 SCORES = {
