@@ -94,11 +94,16 @@ def linear(
     return y[..., :out_features]
 
 
-def check_sampling(layer: str, features: tuple[int, ...], **options: Any) -> None:
-    """The static arguments of `sampled_matmul`, for weights of a shape."""
+def check_sampling(layer: str, shape: tuple[int, ...] | None, **options: Any) -> None:
+    """The static arguments of `sampled_matmul`, for weights of a shape where it is known."""
     _sampled.checked(layer, **options)
-    if reason := _sampled.undivided(features, options["policy"], options["block"]):
+    if shape is not None and (reason := why_not_sampled(shape, **options)):
         raise ValueError(f"{layer}: {reason}")
+
+
+def why_not_sampled(shape: tuple[int, ...], **options: Any) -> str | None:
+    """The reason why weights of a shape cannot be sampled so, or None if they can."""
+    return _sampled.undivided(shape, options["policy"], options["block"])
 
 
 def sampled_linear(
