@@ -104,7 +104,7 @@ def test_its_options_are_those_of_the_product(options):
 
 
 def test_exact_when_deterministic():
-    ours, x = layer(), inputs()
+    ours, x = layer(sampler="uniform"), inputs()
     want = exact(ours, x)
     assert_close(call(ours, x, deterministic=True), want, IN)
     whole = layer(nnx.Rngs(params=0), fraction=1)
@@ -145,7 +145,7 @@ def test_keeps_a_stream_as_dropout_does(rngs):
 
 
 def test_streams_given_to_a_call():
-    ours, x = layer(), inputs()
+    ours, x = layer(sampler="uniform"), inputs()
     before = nnx.clone(ours)
     rngs = nnx.Rngs(sampling=KEY)
     first = ours(x, rngs=jax.random.fold_in(KEY, 0))
@@ -190,7 +190,7 @@ def test_stacked_layers_draw_for_themselves():
     @nnx.split_rngs(splits=3)
     @nnx.vmap
     def make(rngs):
-        return SampledLinear(IN, IN, fraction=0.5, rngs=rngs)
+        return SampledLinear(IN, IN, fraction=0.5, sampler="uniform", rngs=rngs)
 
     layers = make(nnx.Rngs(0))
     assert len(np.unique(layers.kernel[:, 0, 0])) == 3
