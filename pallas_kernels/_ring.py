@@ -83,6 +83,24 @@ class Ring(NamedTuple):
         return sums, end
 
 
+def onto(sums: Array, accumulate: Callable[[Any], None]) -> Array:
+    """What `accumulate` adds to `sums`, in their registers; waits for its products."""
+    if _interpreted():  # no accumulator can begin with given sums there
+        new = pl.run_scoped(
+            lambda acc: (accumulate(acc), acc[...])[1],
+            plgpu.WGMMAAccumulatorRef(sums.shape, sums.dtype),
+        )
+        return sums + new
+    return pl.run_state(accumulate)(plgpu.WGMMAAccumulatorRef.init(sums))
+
+
+def _interpreted() -> bool:
+    """Whether what is traced now will be interpreted; JAX has no public name for it."""
+    from jax._src import config
+
+    return config.pallas_tpu_interpret_mode_context_manager.value is not None
+
+
 def ring(stages: int, warpgroups: int, copies: int, cluster: bool = False) -> Ring:
     """To be allocated: each stage takes `copies` arrivals to fill, and one of each warpgroup that
     multiplies, of all programs in a `cluster`, to be free again."""
