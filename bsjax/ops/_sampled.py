@@ -3,15 +3,13 @@
 from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from bsjax.ops import _core, _mesh, _reference, _sampled_core
 from bsjax.ops import _validate as validate
 from bsjax.ops._choose import IMPLEMENTATIONS, Implementation
-from bsjax.ops._sampled_core import Cut, Spec, of_features, of_tokens, squares
+from bsjax.ops._sampled_core import Spec, of_features, of_tokens, squares
 from bsjax.ops._samplers import SAMPLERS, Sampler
-from bsjax.pattern import is_concrete
 from bsjax.pattern._validate import size
 
 type Policy = Literal["forward", "backward", "weight"]
@@ -66,10 +64,10 @@ def sampled_matmul(
             f"{OP}: `x` of shape {x.shape} cannot multiply `w` of shape {w.shape}: expected "
             f"(..., {w.shape[0]})."
         )
-    named("sampler", sampler, SAMPLERS)
-    named("policy", policy, POLICIES)
-    named("implementation", implementation, IMPLEMENTATIONS)
-    share = _share(fraction)
+    validate.one_of(OP, "sampler", sampler, SAMPLERS)
+    validate.one_of(OP, "policy", policy, POLICIES)
+    validate.one_of(OP, "implementation", implementation, IMPLEMENTATIONS)
+    share = validate.fraction(OP, fraction)
     spec = Spec(
         policy=policy,
         sampler=sampler,
@@ -104,7 +102,7 @@ def sampled_matmul(
             found = cut.norms(of_tokens(x))
         else:
             found = cut.norms(of_features(x)) * cut.norms(squares(w).sum(1))
-        return _finite(found, cut)
+        return validate.finite(OP, found, "`x`, `w` and `scores`")
 
     weights = spec.weigh(cut, key, norms)
     x, w, weights = _core.same_axes(x, w, weights)
@@ -113,25 +111,6 @@ def sampled_matmul(
         return _reference.sampled_matmul(x, w, items, policy)
     run = _sampled_core.exact if policy == "weight" else _sampled_core.forward
     return run(spec, x, w, weights)
-
-
-def named(name: str, got: Any, names: tuple[str, ...]) -> None:
-    """One of some names."""
-    if got not in names:
-        wanted = ", ".join(f'"{one}"' for one in names)
-        raise ValueError(f"{OP}: `{name}` must be one of {wanted}, got {got!r}.")
-
-
-def _share(fraction: Any) -> float:
-    """What is computed of the whole: known when Python runs, since shapes depend on it."""
-    if not isinstance(fraction, int | float | np.floating) or isinstance(fraction, bool):
-        raise TypeError(
-            f"{OP}: `fraction` must be a number that is known when Python runs, since shapes "
-            f"depend on it, got {fraction!r}: under jit make it a static argument."
-        )
-    if not 0 < fraction <= 1:
-        raise ValueError(f"{OP}: `fraction` must be over 0 and at most 1, got {fraction}.")
-    return float(fraction)
 
 
 def _compact(implementation: str, sampler: str, share: float) -> bool:
@@ -164,15 +143,3 @@ def _given(scores: Any, x: Array, policy: str) -> Array:
     meaning = "token" if policy == "weight" else "feature"
     validate.shape(OP, "scores", scores, wanted, f"one number for each {meaning} of `x`")
     return scores.reshape(scores.size)
-
-
-def _finite(scores: Array, cut: Cut) -> Array:
-    """Scores without NaN, where they can be seen."""
-    if is_concrete(scores) and getattr(scores, "is_fully_addressable", True):
-        wrong = cut.groups - int(np.isfinite(np.asarray(scores)).sum())
-        if wrong:
-            raise ValueError(
-                f"{OP}: {wrong} of {cut.groups} scores are NaN or infinite, expected finite "
-                "norms: look for NaN, or numbers over 1e19, in `x`, `w` and `scores`."
-            )
-    return scores
