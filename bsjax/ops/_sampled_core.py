@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from bsjax.ops import _core, _mesh, _reference, _samplers
+from bsjax.ops._scores import Reader
 
 type Index = Int32[Array, " t"] | None  # the groups that are taken, or None: all of them
 type Scale = Float[Array, " t"] | None  # what each of them counts, or None: 1
@@ -95,10 +96,18 @@ class Spec:
     features: int  # k
     x_dtype: Any
     w_dtype: Any
+    score_slice: int | None = None
 
     def cut(self, length: int) -> Cut:
         """How an axis is sampled."""
         return Cut(length, self.block, self.fraction)
+
+    def reading(self, key: Array) -> tuple[Array, Reader]:
+        """The key of the sample, and what its scores are read by."""
+        if self.score_slice is None:
+            return key, Reader()
+        key, for_slice = jax.random.split(key)
+        return key, Reader(self.score_slice, for_slice)
 
     def weigh(self, cut: Cut, key: Array, scores: Callable[[], Array]) -> Array | None:
         """The weight of every group, or None if all are taken."""
@@ -239,9 +248,13 @@ def _from_sampled_dy(spec: Spec, residuals: Any, dy: Array) -> tuple[Array, Arra
     x, w, key = residuals
     for_x, for_w = jax.random.split(key)
     cut = spec.cut(w.shape[1])
-    weights = spec.weigh(
-        cut, for_x, lambda: cut.norms(of_features(dy)) * cut.norms(squares(w).sum(0))
-    )
+    for_x, some = spec.reading(for_x)
+
+    def of_columns() -> Array:
+        of_dy, of_w = of_features(some.tokens(dy, 0)), squares(some.tokens(w, 1)).sum(0)
+        return some.mixed(cut.norms(of_dy) * cut.norms(of_w))
+
+    weights = spec.weigh(cut, for_x, of_columns)
     index, scale = spec.sample(cut, weights)
     ws = times(cut.features(w, index), cut, scale, axis=1)
 
@@ -251,7 +264,13 @@ def _from_sampled_dy(spec: Spec, residuals: Any, dy: Array) -> tuple[Array, Arra
 
     dx = _mesh.per_token(to_x, dy, (ws, index))
     rows = spec.cut(_mesh.tokens(dy))
-    weights = spec.weigh(rows, for_w, lambda: rows.norms(of_tokens(x)) * rows.norms(of_tokens(dy)))
+    for_w, some_of_each = spec.reading(for_w)
+
+    def of_rows() -> Array:
+        of_x, of_dy = (of_tokens(some_of_each.features(a, at)) for at, a in enumerate((x, dy)))
+        return some_of_each.mixed(rows.norms(of_x) * rows.norms(of_dy))
+
+    weights = spec.weigh(rows, for_w, of_rows)
     index, scale = spec.sample(rows, weights)
     xs, dys = (tokens(rows, a, index) for a in (x, dy))
     dw = _over_taken(spec, times(xs, rows, scale), dys)
