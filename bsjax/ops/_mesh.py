@@ -109,6 +109,22 @@ def on_each_device(
     return call(*per_token, *weights)
 
 
+def is_sharded(x: Array) -> bool:
+    """Whether the tokens of `x[..., features]` lie over explicit mesh axes."""
+    return bool(_token_axes(x)[1])
+
+
+def take(x: Array, index: Array) -> Array:
+    """Tokens `[s, features]` of `x[..., features]` by their number over all its leading axes, and
+    zeros past the last. They lie over the mesh axes of x if these divide s, else on each device."""
+    lead, _ = _token_axes(x)
+    axes = tuple(a for axis in lead if axis for a in ((axis,) if isinstance(axis, str) else axis))
+    mesh = jax.typeof(x).sharding.mesh
+    over = axes if index.size % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
+    place = PartitionSpec(over, None) if axes else None
+    return _flat(x).at[index].get(mode="fill", fill_value=0, out_sharding=place)
+
+
 def tokens(x: Array) -> int:
     """All leading axes as one number (-1 in a reshape would not do where features are empty)."""
     return math.prod(x.shape[:-1])

@@ -5,10 +5,11 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bsjax.ops import _core, _fused, _gate, _mesh, _reference, _scan
+from bsjax.ops import _core, _fused, _gate, _mesh, _reference, _sampled_tokens, _scan
 from bsjax.ops import _validate as validate
 from bsjax.ops._activations import Activation, named
 from bsjax.ops._choose import Implementation, Problem, check
+from bsjax.ops._samplers import Sampler
 from bsjax.pattern import BlockPattern
 
 
@@ -24,6 +25,11 @@ def matmul(
     residual: Any = None,
     precision: Any = None,
     implementation: Implementation = "auto",
+    key: Any = None,
+    fraction: float | int = 1.0,
+    sampler: Sampler = "systematic",
+    sample_block: int = 1,
+    scores: Any = None,
 ) -> Float[Array, "*n m"]:
     """`y[..., m] = activation(x[..., k] @ S[k, m] + bias[m]) + residual[..., m]`.
 
@@ -40,6 +46,12 @@ def matmul(
     Differentiable in reverse mode to any order, in x, values, gate, bias and residual: dx is the
     other transpose, dvalues is `sddmm(x, dy, p)`. Forward mode (`jax.jvp`, `jax.hessian`) does not
     exist for a `custom_vjp`; use `jax.jacrev` twice, or implementation="reference".
+
+    With a `key` and a `fraction` below 1, dvalues (and the gradient of the gate) is an estimate,
+    from a sample of the tokens, and everything else as exact as ever: policy "weight" of
+    `sampled_matmul`, whose `sampler` and `scores` these are. Tokens are drawn in groups of
+    `sample_block` neighbours, over all leading axes, by `||x_g||_F` or by `scores`, one for each.
+    Only those taken are kept for dvalues, each scaled in float32 and rounded to the dtype of x.
 
     After Gray, Radford and Kingma 2017, "GPU Kernels for Block-Sparse Weights".
     """
@@ -60,6 +72,7 @@ def matmul(
         residual = validate.array(op, "residual", residual)
         validate.shape(op, "residual", residual, out_shape, "that of the output")
     act = named(op, activation)
+    sample = _sampled_tokens.draw(op, x, key, fraction, sampler, sample_block, scores)
     # an epilogue works on the unrounded sums
     bare = bias is None and act is None and residual is None
     dtype = x.dtype if bare else _reference.accumulator(x, values)
@@ -68,17 +81,22 @@ def matmul(
     if not bare and not callable(activation) and _one_kernel(spec, x, p, residual):
         form = _fused.Form(activation)
     sums, probe = _core.to(spec, x) if form else spec, None
-    if gate is None:
+    if spec.name == "reference":
+        values = values if gate is None else _gate.scaled(values, gate, p)
+    elif sample is not None:
+        values, p, probe = _sampled_tokens.product(sums, transpose, x, values, gate, p, sample)
+    elif gate is None:
         probe = _scan.probe(sums, transpose, x, values, p, sums.out_dtype)
-    elif spec.name == "reference":
-        values = _gate.scaled(values, gate, p)
     else:
         values, p, probe = _gate.applied(sums, transpose, x, values, gate, p)
     if spec.name == "mosaic":  # gated values are rounded: the tensor cores take 16 bits
         values = values.astype(operands[1].dtype)
     if form:
         return _fused.matmul(spec, transpose, form, x, values, p, bias, residual, probe)
-    y = _core.matmul(spec, transpose, x, values, p, probe)
+    if spec.name == "reference" and sample is not None:
+        y = _sampled_tokens.reference(spec, transpose, x, values, p, sample)
+    else:
+        y = _core.matmul(spec, transpose, x, values, p, probe)
     if bias is not None:
         y = _mesh.per_token(jnp.add, y, jnp.broadcast_to(bias.astype(y.dtype), (1, m)))
     if act is not None:

@@ -13,9 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from bsjax.ops import _core, _mesh, _reference, _samplers
+from bsjax.ops._scores import Reader
 
 type Index = Int32[Array, " t"] | None  # the groups that are taken, or None: all of them
 type Scale = Float[Array, " t"] | None  # what each of them counts, or None: 1
@@ -94,10 +96,18 @@ class Spec:
     features: int  # k
     x_dtype: Any
     w_dtype: Any
+    score_slice: int | None = None
 
     def cut(self, length: int) -> Cut:
         """How an axis is sampled."""
         return Cut(length, self.block, self.fraction)
+
+    def reading(self, key: Array) -> tuple[Array, Reader]:
+        """The key of the sample, and what its scores are read by."""
+        if self.score_slice is None:
+            return key, Reader()
+        key, for_slice = jax.random.split(key)
+        return key, Reader(self.score_slice, for_slice)
 
     def weigh(self, cut: Cut, key: Array, scores: Callable[[], Array]) -> Array | None:
         """The weight of every group, or None if all are taken."""
@@ -142,10 +152,21 @@ def of_features(x: Array) -> Float[Array, " k"]:
 
 def of_tokens(x: Array) -> Float[Array, " n"]:
     """The sum of squares of every token."""
-    return squares(x).sum(-1).reshape(_mesh.tokens(x))
+    found = squares(x).sum(-1)
+    if _mesh.is_sharded(x):  # samplers sort them all, on every device
+        found = jax.sharding.reshard(found, PartitionSpec())
+    return found.reshape(_mesh.tokens(x))
 
 
-def _times(taken: Array, cut: Cut, scale: Scale, axis: int = 0) -> Array:
+def tokens(cut: Cut, x: Array, index: Index) -> Float[Array, "s m"]:
+    """The tokens that are taken, wherever they are; a smaller last group is filled with zeros."""
+    if index is None or not _mesh.is_sharded(x):
+        return cut.rows(_flat(x), index)
+    items = index[:, None] * cut.block + jnp.arange(cut.block, dtype=jnp.int32)[None]
+    return _mesh.take(x, items.reshape(items.size))
+
+
+def times(taken: Array, cut: Cut, scale: Scale, axis: int = 0) -> Array:
     """Rows (or columns) that were taken, each times what it counts, in float32."""
     if scale is None:
         return taken
@@ -168,7 +189,7 @@ def _forward_fwd(spec, x, w, weights):
     cut = spec.cut(spec.features)
     index, scale = spec.sample(cut, weights)
     xs = _mesh.per_token(cut.features, x, index)
-    ws = _times(cut.rows(w, index), cut, scale)
+    ws = times(cut.rows(w, index), cut, scale)
     y = _mesh.per_token(lambda xs, ws: spec.dot(xs, ws, 1, 0).astype(spec.x_dtype), xs, ws)
     return y, (*_core.saved(xs, ws), index, scale)
 
@@ -184,7 +205,7 @@ def _forward_bwd(spec, residuals, dy):
 
     dx = _mesh.per_token(to_x, dy, (ws, index))
     dws = _mesh.over_tokens(lambda xs, dy, _: spec.dot(xs, dy, 0, 0), xs, dy)
-    dw = cut.rows_back(_times(dws, cut, scale).astype(spec.w_dtype), index)
+    dw = cut.rows_back(times(dws, cut, scale).astype(spec.w_dtype), index)
     return dx, dw, None
 
 
@@ -204,7 +225,7 @@ def _exact_fwd(spec, x, w, drawn):
         return y, (*_core.saved(x, w), drawn)
     cut = spec.cut(_mesh.tokens(x))
     index, scale = spec.sample(cut, drawn)
-    return y, (*_core.saved(cut.rows(_flat(x), index), w), index, scale)
+    return y, (*_core.saved(tokens(cut, x, index), w), index, scale)
 
 
 def _exact_bwd(spec, residuals, dy):
@@ -217,7 +238,7 @@ def _from_kept_tokens(spec: Spec, residuals: Any, dy: Array) -> tuple[Array, Arr
     """dx as it is, and dw from the tokens that were kept."""
     xs, w, index, scale = residuals
     cut = spec.cut(_mesh.tokens(dy))
-    dw = spec.dot(_times(xs, cut, scale), cut.rows(_flat(dy), index), 0, 0)
+    dw = _over_taken(spec, times(xs, cut, scale), tokens(cut, dy, index))
     dx = _mesh.per_token(lambda dy, w: spec.dot(dy, w, 1, 1).astype(spec.x_dtype), dy, w)
     return dx, dw.astype(spec.w_dtype)
 
@@ -227,11 +248,15 @@ def _from_sampled_dy(spec: Spec, residuals: Any, dy: Array) -> tuple[Array, Arra
     x, w, key = residuals
     for_x, for_w = jax.random.split(key)
     cut = spec.cut(w.shape[1])
-    weights = spec.weigh(
-        cut, for_x, lambda: cut.norms(of_features(dy)) * cut.norms(squares(w).sum(0))
-    )
+    for_x, some = spec.reading(for_x)
+
+    def of_columns() -> Array:
+        of_dy, of_w = of_features(some.tokens(dy, 0)), squares(some.tokens(w, 1)).sum(0)
+        return some.mixed(cut.norms(of_dy) * cut.norms(of_w))
+
+    weights = spec.weigh(cut, for_x, of_columns)
     index, scale = spec.sample(cut, weights)
-    ws = _times(cut.features(w, index), cut, scale, axis=1)
+    ws = times(cut.features(w, index), cut, scale, axis=1)
 
     def to_x(dy: Array, weights: Any) -> Array:
         ws, index = weights
@@ -239,11 +264,22 @@ def _from_sampled_dy(spec: Spec, residuals: Any, dy: Array) -> tuple[Array, Arra
 
     dx = _mesh.per_token(to_x, dy, (ws, index))
     rows = spec.cut(_mesh.tokens(dy))
-    weights = spec.weigh(rows, for_w, lambda: rows.norms(of_tokens(x)) * rows.norms(of_tokens(dy)))
+    for_w, some_of_each = spec.reading(for_w)
+
+    def of_rows() -> Array:
+        of_x, of_dy = (of_tokens(some_of_each.features(a, at)) for at, a in enumerate((x, dy)))
+        return some_of_each.mixed(rows.norms(of_x) * rows.norms(of_dy))
+
+    weights = spec.weigh(rows, for_w, of_rows)
     index, scale = spec.sample(rows, weights)
-    xs, dys = (rows.rows(_flat(a), index) for a in (x, dy))
-    dw = spec.dot(_times(xs, rows, scale), dys, 0, 0)
+    xs, dys = (tokens(rows, a, index) for a in (x, dy))
+    dw = _over_taken(spec, times(xs, rows, scale), dys)
     return dx, dw.astype(spec.w_dtype)
+
+
+def _over_taken(spec: Spec, xs: Array, dys: Array) -> Array:
+    """The sum of the outer products of tokens that were taken."""
+    return _mesh.over_tokens(lambda xs, dys, _: spec.dot(xs, dys, 0, 0), xs, dys)
 
 
 exact.defvjp(_exact_fwd, _exact_bwd)

@@ -121,6 +121,37 @@ def key(op: str, key: Any) -> jax.Array:
     )
 
 
+def one_of(op: str, name: str, got: Any, names: tuple[str, ...]) -> None:
+    """One of some names."""
+    if got not in names:
+        wanted = ", ".join(f'"{one}"' for one in names)
+        raise ValueError(f"{op}: `{name}` must be one of {wanted}, got {got!r}.")
+
+
+def fraction(op: str, value: Any) -> float:
+    """What is computed of the whole: known when Python runs, since shapes depend on it."""
+    if not isinstance(value, int | float | np.floating) or isinstance(value, bool):
+        raise TypeError(
+            f"{op}: `fraction` must be a number that is known when Python runs, since shapes "
+            f"depend on it, got {value!r}: under jit make it a static argument."
+        )
+    if not 0 < value <= 1:
+        raise ValueError(f"{op}: `fraction` must be over 0 and at most 1, got {value}.")
+    return float(value)
+
+
+def finite(op: str, scores: jax.Array, names: str) -> jax.Array:
+    """Scores, from the arguments `names`, without NaN where they can be seen."""
+    if is_concrete(scores) and getattr(scores, "is_fully_addressable", True):
+        wrong = scores.size - int(np.isfinite(np.asarray(scores)).sum())
+        if wrong:
+            raise ValueError(
+                f"{op}: {wrong} of {scores.size} scores are NaN or infinite, expected finite "
+                f"norms: look for NaN, or numbers over 1e19, in {names}."
+            )
+    return scores
+
+
 def precision(op: str, value: Any) -> Any:
     """None means full float32 for float32 operands."""
     if value is None:

@@ -231,6 +231,31 @@ def test_the_same_bits_again():
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
+@pytest.mark.slow
+def test_dvalues_of_sampled_tokens():
+    """The kernel gets the tokens that were taken, scaled and rounded, and a ragged last group."""
+    p, x, values, dy = Case(mask=random_mask(2, 2, 0.7), block=32, n=70).inputs(jnp.bfloat16)
+    options = {"key": jax.random.key(0), "fraction": 0.5, "sample_block": 4, "sampler": "priority"}
+
+    @functools.partial(jax.jit, static_argnames="name")
+    def dvalues(x, values, dy, name):
+        def f(v):
+            return bsjax.matmul(x, v, p, activation="relu", implementation=name, **options)
+
+        return jax.vjp(f, values)[1](dy)[0]
+
+    with interpreted():
+        got = jax.block_until_ready(dvalues(x, values, dy, "mosaic"))
+    want = dvalues(x, values, dy, "xla")
+    # both sum the same numbers, and round once
+    np.testing.assert_allclose(
+        np.asarray(got, np.float32),
+        np.asarray(want, np.float32),
+        rtol=float(jnp.finfo(jnp.bfloat16).eps),
+        atol=float(jnp.finfo(jnp.float32).eps) * 4 * 70 * 16,
+    )
+
+
 def test_inside_shard_map():
     """With its checks on: what varies over the mesh, and what a gradient sums."""
     mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))

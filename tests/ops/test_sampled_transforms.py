@@ -119,6 +119,25 @@ def test_tokens_over_a_mesh_are_not_gathered(axis_type):
         assert_close(ours, np.asarray(theirs), 128 * 16)
 
 
+@pytest.mark.parametrize("policy", ["weight", pytest.param("backward", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("spec", [P("data"), P("data", "model")])
+def test_samples_of_tokens_over_explicit_axes(spec, policy):
+    """The sample of one device: of x and dy only the tokens that are taken are exchanged."""
+    x, w, dy = inputs((16, 8))
+    options = {"sampler": "priority", "block": 4, "policy": policy}
+    want = run(x, w, dy, KEY, **options)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        x, dy = jax.device_put((x, dy), NamedSharding(mesh, spec))
+        w, key = jax.device_put((w, KEY), NamedSharding(mesh, P()))
+        program = run.lower(x, w, dy, key, **options).compile()
+        got = program(x, w, dy, key)
+    gathered = [line for line in program.as_text().splitlines() if " all-gather(" in line]
+    assert not any(f",{K}]" in line or f",{M}]" in line for line in gathered)
+    for ours, theirs in zip(got, want, strict=True):
+        assert_close(ours, np.asarray(theirs), 128 * 16)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_shard_map(policy):
     """With its checks on: each device samples its own tokens, and dw is summed."""
