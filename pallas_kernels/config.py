@@ -14,6 +14,7 @@ SHARED_MEMORY = 232_448 - 4_096  # bytes of a Hopper multiprocessor, less what b
 ROWS = 64  # of a product of the tensor cores
 ACCUMULATOR = 128 * 128  # float32 numbers that the registers of a warpgroup hold
 SLICE = 64  # columns of an output tile that are staged at a time
+SLICES = 4096  # of a sampled axis: a list of them has to fit in shared memory
 MULTIPROCESSORS = 132  # of an H200
 MOST_STEPS = 2**31 - 1  # they are counted in int32
 COLUMNS = (1, 2, 4)

@@ -1,23 +1,18 @@
 """Dense products of which one axis is a sample: slices of it are read where they lie.
 
-An axis of k numbers is cut into slices of 64, and `order` lists them: `count` that are taken, then
-the others. The axis is summed over, from the left and the right operand,
+An axis of k features is cut into slices of 64, and `order` lists them: `count` that are taken, then
+the others. Three products:
 
-    "contract"         y[n, m]  = sum_i a_i x[:, s_i] @ w[s_i, :]
-    "contract right"   y[n, m]  = sum_i a_i x[:, s_i] @ w[:, s_i]^T
-    "contract left"    y[k, m]  = sum_i a_i x[s_i, :]^T @ w[s_i, :]
-
-or it is an axis of the result, which is zero in the slices that are not taken:
-
-    "columns"          y[:, s_i] = a_i x @ w[s_i, :]^T
-    "rows"             y[s_i, :] = a_i x[:, s_i]^T @ w
+    "contract"   y[n, m]  = sum_i a_i x[:, s_i] @ w[s_i, :]    over the slices that are taken
+    "columns"    dx[n, k] : dx[:, s_i] = a_i dy @ w[s_i, :]^T  and zeros in the others
+    "rows"       dw[k, m] : dw[s_i, :] = a_i x[:, s_i]^T @ dy  and zeros in the others
 
 One persistent program on every multiprocessor. One warpgroup loads by TMA, led by the list in
 shared memory, and runs ahead over a ring of stages, across output tiles. Two multiply. Programs of
 a cluster have other rows and the same columns: what they read of the right operand each loads in
-part, for all. What a slice counts scales the result of "columns" and "rows"; where it is summed
-over, the sums are multiplied by the quotient of two slices' counts in between, in registers. Zeros
-are written beside the products, while memory has nothing else to do.
+part, for all. What a slice counts scales the result of "columns" and "rows"; in "contract" the sums
+are multiplied by the quotient of two slices' counts in between, in registers. Zeros are written
+beside the products, while memory has nothing else to do.
 """
 
 import dataclasses
@@ -33,9 +28,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import _ring
 from pallas_kernels.config import MULTIPROCESSORS, ROWS, SHARED_MEMORY, SLICE
 
-type Product = Literal["contract", "contract right", "contract left", "columns", "rows"]
+type Product = Literal["contract", "columns", "rows"]
 LINE = 128  # numbers of a table in a row
-LONGEST = 4096  # slices: their tables have to fit beside the stages
 ZEROS = ROWS // 2  # rows of zeros, to be written many times
 # time per column of narrower output tiles, over that of the widest
 WIDTHS = {256: 1.0, 128: 1.15, 64: 1.5}
@@ -108,16 +102,16 @@ def product(
     slices: int,
     every: int | None = None,
 ) -> Array:
-    """One of the products of `left` and `right`, in their dtype.
+    """One of the products of `left` and `right`: x and w, dy and w, or x and dy; in their dtype.
 
     `order` and `factors` are tables: the numbers of all `slices`, and what each that is taken
-    counts. Where slices are summed over, `factors[i]` is instead what the sums before slice `i` are
-    multiplied by, for `i` a multiple of `every`, and `factors[count]` what the result is;
-    `every=None` does the last only. Rows of the result that are not sampled must be whole tiles of
-    a cluster, its columns and what is summed over whole slices.
+    counts. For "contract" `factors[i]` is instead what the sums before slice `i` are multiplied by,
+    for `i` a multiple of `every`, and `factors[count]` what the result is; `every=None` does the
+    last only. Rows of the result that are not sampled must be whole tiles of a cluster, and its
+    columns and what is summed over whole slices.
     """
-    n = left.shape[0] if which in ("contract", "contract right", "columns") else left.shape[1]
-    m = right.shape[0] if which in ("contract right", "columns") else right.shape[1]
+    n = left.shape[1 if which == "rows" else 0]
+    m = right.shape[0 if which == "columns" else 1]
     cluster = {"cluster": (config.cluster,), "cluster_names": ("cluster",)}
     run = plgpu.kernel(
         functools.partial(
@@ -136,18 +130,16 @@ def product(
 def _product(
     left, right, order, factors, out, *, which: Product, config: Tiling, count, every, slices
 ):
-    summed = which.startswith("contract")
-    left_across, right_down = which in ("contract left", "rows"), which in (
-        "contract right",
-        "columns",
+    summed, sampled_rows, sampled_columns = (
+        which == one for one in ("contract", "rows", "columns")
     )
     width, rows, parts = config.width, config.rows, config.width // SLICE
     height, across = out.shape
-    if which == "rows":
+    if sampled_rows:
         height = count * SLICE
-    if which == "columns":
+    if sampled_columns:
         across = count * SLICE
-    steps = count if summed else left.shape[0 if left_across else 1] // SLICE
+    steps = count if summed else left.shape[0 if sampled_rows else 1] // SLICE
     tiles = (-(-height // (rows * config.cluster)), -(-across // width))
     workers, worker = config.workers // config.cluster, lax.axis_index("worker")
     member, together = 0, None
@@ -183,21 +175,18 @@ def _product(
                 def shared(source, target):
                     plgpu.copy_gmem_to_smem(source, target, full, collective_axes=together)
 
-                if left_across:
+                if sampled_rows:
                     for part in range(config.warpgroups):
-                        k = i * config.warpgroups + part
-                        columns = taken(k) if which == "rows" else pl.ds(k * ROWS, ROWS)
+                        columns = taken(i * config.warpgroups + part)
                         own(left.at[here, columns], lefts.at[stage, part])
                 else:
                     own(left.at[pl.ds(i * rows, rows), here], lefts.at[stage])
-                if which == "columns":
+                if sampled_columns:
                     for part in range(parts):
                         there = rights.at[stage, pl.ds(part * SLICE, SLICE)]
                         shared(right.at[taken(j * parts + part), here], there)
                 else:
-                    columns = pl.ds(j * width, width)
-                    place = (columns, here) if right_down else (here, columns)
-                    shared(right.at[place], rights.at[stage])
+                    shared(right.at[here, pl.ds(j * width, width)], rights.at[stage])
                 return turn + 1
 
             return lax.fori_loop(0, steps, step, turn)
@@ -212,12 +201,12 @@ def _product(
             plgpu.commit_smem()
 
         def add(acc, stage):
-            if left_across:
+            if sampled_rows:
                 own = lefts.at[stage, warpgroup].transpose((1, 0))
             else:
                 own = lefts.at[stage, pl.ds(warpgroup * ROWS, ROWS)]
             block = rights.at[stage]
-            plgpu.wgmma(acc, own, block.transpose((1, 0)) if right_down else block)
+            plgpu.wgmma(acc, own, block.transpose((1, 0)) if sampled_columns else block)
 
         def sums(turn):
             if every is None:
@@ -229,7 +218,7 @@ def _product(
             mine = i * config.warpgroups + warpgroup  # of the rows, by `ROWS`
             for k in range(parts):
                 # whose slice this is, of those that are taken
-                piece = j * parts + k if which == "columns" else mine
+                piece = j * parts + k if sampled_columns else mine
 
                 def write(k=k, piece=piece):
                     # what was written last may still be read, and so may the zeros of a tile
@@ -239,8 +228,8 @@ def _product(
                     part = part * at(factors, count if summed else piece)
                     staging[k % config.slots] = part.astype(staging.dtype)
                     plgpu.commit_smem()
-                    r = at(order, piece) if which == "rows" else mine
-                    c = at(order, piece) if which == "columns" else j * parts + k
+                    r = at(order, piece) if sampled_rows else mine
+                    c = at(order, piece) if sampled_columns else j * parts + k
                     to = out.at[pl.ds(r * ROWS, ROWS), pl.ds(c * SLICE, SLICE)]
                     plgpu.copy_smem_to_gmem(staging.at[k % config.slots], to)
 
@@ -252,24 +241,24 @@ def _product(
         def clear(i, j, mine):
             """A tile's share of the slices that were not taken."""
             others = slices - count
-            place, places = (j, tiles[1]) if which == "columns" else (i, tiles[0] * config.cluster)
+            place, places = (j, tiles[1]) if sampled_columns else (i, tiles[0] * config.cluster)
             first, last = (lax.div((place + k) * others, places) for k in (0, 1))
 
             @pl.loop(first, last)
             def _(k):
                 other = at(order, count + k)
-                for part in range(1 if which == "columns" else parts):
-                    c = other if which == "columns" else j * parts + part
-                    for half in range(ROWS // ZEROS):
-                        r = mine if which == "columns" else other
-                        to = out.at[
-                            pl.ds(r * ROWS + half * ZEROS, ZEROS), pl.ds(c * SLICE, SLICE)
-                        ]
-                        copy = functools.partial(plgpu.copy_smem_to_gmem, zeros, to)
-                        if which == "columns":
-                            copy()
-                        else:  # the warpgroups share them
-                            pl.when(part % config.warpgroups == warpgroup)(copy)
+                for part in range(1 if sampled_columns else parts):
+                    r, c = (mine, other) if sampled_columns else (other, j * parts + part)
+
+                    def write(r=r, c=c):
+                        for half in range(ROWS // ZEROS):
+                            tokens = pl.ds(r * ROWS + half * ZEROS, ZEROS)
+                            to = out.at[tokens, pl.ds(c * SLICE, SLICE)]
+                            plgpu.copy_smem_to_gmem(zeros, to)
+
+                    # rows of another tile are for the warpgroups to share
+                    own = part % config.warpgroups == warpgroup
+                    write() if sampled_columns else pl.when(own)(write)
 
         walk(tile)
         plgpu.wait_smem_to_gmem(0)
@@ -288,10 +277,9 @@ def _product(
         _ring.roles(config.warpgroups, role(load), role(multiply))
 
     dtype = left.dtype
-    a_tile = (config.warpgroups, SLICE, ROWS) if left_across else (rows, SLICE)
-    b_tile = (width, SLICE) if right_down else (SLICE, width)
-    copies = config.warpgroups if left_across else 1
-    copies += parts if which == "columns" else 1
+    a_tile = (config.warpgroups, SLICE, ROWS) if sampled_rows else (rows, SLICE)
+    b_tile = (width, SLICE) if sampled_columns else (SLICE, width)
+    copies = (config.warpgroups if sampled_rows else 1) + (parts if sampled_columns else 1)
     pl.run_scoped(
         run,
         _ring.swizzled((config.stages, *a_tile), SLICE, dtype),

@@ -80,6 +80,28 @@ def _grouped(target: Array, source: Array, grid: tuple[int, int], columns: int) 
     return Steps(ptr, source, slots)
 
 
+def of_sample(weights: Array, taken: int, each: int) -> tuple[Array, Array]:
+    """Of an axis that is sampled by groups of `each` slices: the numbers of its slices, those of
+    the `taken` groups first, and what each of these counts.
+
+    Groups of weight zero come before the others, should fewer than `taken` have another weight.
+    """
+    order = jnp.argsort(weights == 0).astype(jnp.int32)
+    order = jnp.concatenate([order[:taken][::-1], order[taken:]])
+    slices = order[:, None] * each + jnp.arange(each, dtype=jnp.int32)[None]
+    counts = jnp.repeat(weights[order[:taken]].astype(jnp.float32), each)
+    return slices.reshape(slices.size), counts
+
+
+def quotients(counts: Array, *, same: bool) -> Array:
+    """What a sum is multiplied by before each slice is added, and what in the end, so that every
+    slice counts what it should. If all count the `same` only the last one is right."""
+    if same:
+        return jnp.broadcast_to(counts[-1:], (counts.size + 1,))
+    before = jnp.where(counts[1:] == 0, 0, counts[:-1] / counts[1:])
+    return jnp.concatenate([jnp.ones(1, jnp.float32), before, counts[-1:]])
+
+
 def _counted(counts: Array) -> Array:
     """Sums of all up to each. A scan would be many small kernels on a GPU."""
     each = jnp.arange(counts.shape[0])

@@ -195,6 +195,66 @@ def sddmm(
     return _on_each_device(run, (x, y), (p.row, p.col), "n i, n o, e, e -> e a b")
 
 
+def why_not_gathered(dtypes: tuple[Any, Any], block: int, features: int) -> str | None:
+    """The reason why no kernel can sample so many features by blocks of that size, or None."""
+    names = {jnp.dtype(dtype).name for dtype in dtypes}
+    if len(names) > 1 or not names <= {"bfloat16", "float16"}:
+        return f"there are kernels for bfloat16 and float16, both operands alike, not for {names}"
+    if block % config.SLICE:
+        return f"kernels read slices of {config.SLICE} features, and `block` is {block}"
+    if features // config.SLICE > config.SLICES:
+        return f"{features} features are more than the {config.SLICES * config.SLICE} of a list"
+    if jax.default_backend() == "gpu":
+        return _no_hopper(jax.devices()[0])
+    return None
+
+
+def gathered(
+    which: Any,
+    left: Float[Array, "n k"],
+    right: Float[Array, "a b"],
+    weights: Float[Array, " g"],
+    *,
+    taken: int,
+    block: int,
+    same: bool,
+) -> Float[Array, "c d"]:
+    """Products of which one axis is a sample of groups (see the kernel), from the `weights` of all
+    groups: `taken` of them count, all the `same` or each differently."""
+    from pallas_kernels import gathered as kernels
+    from pallas_kernels import lists
+
+    slices = weights.shape[0] * block // config.SLICE
+    count = taken * block // config.SLICE
+
+    def run(left: Array, right: Array, weights: Array) -> Array:
+        n = left.shape[1 if which == "rows" else 0]
+        m = right.shape[0 if which == "columns" else 1]
+        rows = count * config.SLICE if which == "rows" else n
+        columns = count * config.SLICE if which == "columns" else m
+        chosen = kernels.tiling(rows, columns, slices, multiprocessors())
+        tile = config.SLICE if which == "rows" else chosen.rows * chosen.cluster
+        left = _padded(_padded(left, tile), config.SLICE, axis=1)
+        right = _padded(_padded(right, config.SLICE), config.SLICE, axis=1)
+        options = {"count": count, "slices": slices}
+        if which == "contract" and not same:
+            options["every"] = block // config.SLICE
+        order, counts = lists.of_sample(weights, taken, block // config.SLICE)
+        factors = lists.quotients(counts, same=same) if which == "contract" else counts
+        operands = _alike(left, right, kernels.table(order), kernels.table(factors))
+        out = kernels.product(which, *operands, chosen, **options)
+        return _mesh.vary(out, _mesh.varying(operands[0]))[:n, :m]
+
+    rules = {
+        "contract": "n k, k m, g -> n m",
+        "columns": "n m, k m, g -> n k",
+        "rows": "n k, n m, g -> k m",
+    }
+    if which == "rows":
+        return _on_each_device(run, (left, right), (weights,), rules[which])
+    return _on_each_device(run, (left,), (right, weights), rules[which])
+
+
 def multiprocessors() -> int:
     """Of the GPU that runs this, or of an H200 where a program is compiled ahead without one."""
     if device := jax.sharding.get_abstract_mesh().abstract_device:
@@ -229,8 +289,9 @@ def _unsplit(chosen: config.Config) -> config.Config:
     return dataclasses.replace(chosen, split=False) if several_gpus() else chosen
 
 
-def _padded(x: Array, tile: int) -> Array:
-    return jnp.pad(x, ((0, -x.shape[0] % tile), (0, 0))) if x.shape[0] % tile else x
+def _padded(x: Array, tile: int, axis: int = 0) -> Array:
+    more = [(0, -x.shape[i] % tile if i == axis else 0) for i in range(2)]
+    return jnp.pad(x, more) if more[axis][1] else x
 
 
 def _alike(*arrays: Any) -> Any:

@@ -2,10 +2,11 @@
 
 from typing import Any, Literal, get_args
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bsjax.ops import _core, _mesh, _reference, _sampled_core
+from bsjax.ops import _core, _gathered, _mesh, _mosaic, _reference, _sampled_core
 from bsjax.ops import _validate as validate
 from bsjax.ops._choose import IMPLEMENTATIONS, Implementation
 from bsjax.ops._sampled_core import Spec, of_features, of_tokens, squares
@@ -18,6 +19,8 @@ OP = "sampled_matmul"
 # Up to this share it pays to copy what is sampled instead of multiplying the rest by zero: on a CPU
 # at 64 to 2048 tokens, blocks of 1 and 64; not measured elsewhere.
 BREAK_EVEN = 0.9
+# Products of fewer multiplications than this go by copies on a GPU too.
+LEAST = 2**30
 
 
 def sampled_matmul(
@@ -77,15 +80,16 @@ def sampled_matmul(
         policy=policy,
         implementation=implementation,
     )
+    if reason := undivided(w.shape, policy, block):
+        raise ValueError(f"{OP}: {reason}")
     spec = Spec(
         **options,
+        kernel=_kernel(implementation, x, w, options),
         features=w.shape[0],
         x_dtype=x.dtype,
         w_dtype=w.dtype,
         score_slice=_sliced(score_slice, scores, policy, x, w),
     )
-    if reason := undivided(w.shape, policy, block):
-        raise ValueError(f"{OP}: {reason}")
     given = None if scores is None else _given(scores, x, policy)
     if key is None:
         x, w = _core.same_axes(x, w)
@@ -113,6 +117,9 @@ def sampled_matmul(
     if implementation == "reference" and weights is not None:
         items = jnp.repeat(weights, cut.block)[: cut.length]
         return _reference.sampled_matmul(x, w, items, policy)
+    if spec.kernel and weights is not None:
+        with _mosaic.in_words(OP):
+            return _gathered.product(spec, "contract", x, w, weights)
     run = _sampled_core.exact if policy == "weight" else _sampled_core.forward
     return run(spec, x, w, weights)
 
@@ -148,19 +155,35 @@ def undivided(shape: tuple[int, ...], policy: str, block: int) -> str | None:
 def _compact(op: str, implementation: str, sampler: str, share: float) -> bool:
     """Whether what is sampled is copied, or the rest multiplied by zero."""
     fixed = sampler != "bernoulli"
-    reason = None
-    if implementation == "mosaic":
-        reason = "there is no kernel yet"
-    elif implementation == "xla" and not fixed:
-        reason = 'the size of a sample of "bernoulli" is random, and shapes are not'
-    if reason:
-        raise ValueError(
-            f'{op}: implementation="{implementation}" cannot run here: {reason}. '
-            'Use implementation="auto", which takes the fastest that can.'
+    if implementation in ("xla", "mosaic") and not fixed:
+        refuse(
+            op, implementation, 'the size of a sample of "bernoulli" is random, and shapes are not'
         )
     if implementation == "auto":
         return fixed and share <= BREAK_EVEN
-    return implementation == "xla"
+    return implementation in ("xla", "mosaic")
+
+
+def _kernel(implementation: str, x: Array, w: Array, options: dict[str, Any]) -> str:
+    """Whether a kernel runs: "asked", "gpu" (where there is one), or "" for none."""
+    reason = _mosaic.why_not_gathered((x.dtype, w.dtype), options["block"], w.shape[0])
+    if options["policy"] != "forward":
+        reason = 'kernels sample the features of policy="forward" only'
+    if implementation == "mosaic":
+        if reason:
+            refuse(OP, implementation, reason)
+        return "asked"
+    on_gpu = implementation == "auto" and jax.default_backend() == "gpu"
+    worth = options["compact"] and x.size * w.shape[1] >= LEAST
+    return "gpu" if on_gpu and worth and not reason else ""
+
+
+def refuse(op: str, implementation: str, reason: str) -> None:
+    """An explicit request is kept or refused."""
+    raise ValueError(
+        f'{op}: implementation="{implementation}" cannot run here: {reason}. '
+        'Use implementation="auto", which takes the fastest that can.'
+    )
 
 
 def _given(scores: Any, x: Array, policy: str) -> Array:

@@ -97,6 +97,7 @@ class Spec:
     x_dtype: Any
     w_dtype: Any
     score_slice: int | None = None
+    kernel: str = ""  # "asked" for, or chosen: where a "gpu" runs it
 
     def cut(self, length: int) -> Cut:
         """How an axis is sampled."""
