@@ -7,7 +7,7 @@ reference certainly draws the same sample, and compared with it.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +78,7 @@ def _dense(x, dy, w):
 
 
 FULL: dict[str, Callable[..., Any]] = {
+    "layer": _dense,
     "forward": products.FULL["forward"],
     "dx": products.FULL["dx"],
     "dw": products.FULL["dvalues"],
@@ -132,56 +133,62 @@ def describe(case: SampledCase, part: str) -> Record:
     }
 
 
-type Runs = dict[str, Callable[[int], Any]]
+class Tried(NamedTuple):
+    """Programs by their part: ready to be timed, with their results of the check, or broken."""
+
+    ready: dict[str, Callable[[int], Any]]
+    results: dict[str, Any]
+    broken: dict[str, str]
 
 
 def prepared(
     case: SampledCase, programs: Programs, parts: Sequence[str], seed: int
-) -> tuple[dict[str, str], dict[str, Runs]]:
-    """Of each part why it is not timed, or what is."""
+) -> tuple[dict[str, str], dict[str, dict[str, Callable[[int], Any]]]]:
+    """Of each part why it is not timed, or what is: the part and its dense counterpart."""
     inputs = suite.draws(case, seed)
     keys = jax.random.split(jax.random.key(seed), KEYS + 1)
-    args = [(*inputs[i % len(inputs)], key) for i, key in enumerate(keys[1:])]
+    check = (*check_inputs(case, seed), keys[0])
     try:
-        jax.eval_shape(functools.partial(_layer, case=case), *args[0])
+        jax.eval_shape(functools.partial(_layer, case=case), *check)
     except Exception as error:
         return dict.fromkeys(parts, kernels.said(error)), {}
+    args = [(*inputs[i % len(inputs)], key) for i, key in enumerate(keys[1:])]
+    ours = _tried(case, programs, parts, check, args)
+    refused = dict(ours.broken)
+    want = wanted(case, programs, check)
+    if why := wrong_without_key(case, programs, check, want):
+        refused |= dict.fromkeys(parts, why)
+    refused |= {part: why for part, got in ours.results.items() if (why := wrong(part, got, want))}
+    ready = ours.ready
+    if "gather" in parts:
+        ready["gather"] = _gathers(case, programs, inputs, seed)
+    full = {name: (f, inputs[0]) for name, f in FULL.items()}
+    dense = {name: Runner(one, inputs) for name, one in programs.compile(full).items()}
+    return refused, {
+        part: {case.implementation: run, DENSE: dense.get(part, dense["layer"])}
+        for part, run in ready.items()
+    }
 
-    check = (*check_inputs(case, seed), keys[0])
+
+def _tried(
+    case: SampledCase, programs: Programs, parts: Sequence[str], check: Any, args: Sequence[Any]
+) -> Tried:
     named = {"layer": _layer, "forward": _forward, "sampler": _sampler}
-    compiled, broken = suite.compile_each(
-        programs,
-        {
-            name: (functools.partial(f, case=case), check)
-            for name, f in named.items()
-            if name in parts
-        },
-    )
-    ours = {name: Runner(program, args) for name, program in compiled.items()}
-    tried = {name: program(*check) for name, program in compiled.items()}
+    jobs = {
+        name: (functools.partial(f, case=case), check) for name, f in named.items() if name in parts
+    }
+    compiled, broken = suite.compile_each(programs, jobs)
+    ready = {name: Runner(program, args) for name, program in compiled.items()}
+    results = {name: compiled[name](*check) for name in RESULTS if name in compiled}
     if back := [name for name in BACKWARD if name in parts]:
         try:
-            backward, kept = _backward(case, back, [check, *args[: len(inputs)]])
+            backward, kept = _backward(case, back, [check, *args[:2]])
         except Exception as error:
             broken |= dict.fromkeys(back, kernels.said(error))
         else:
-            ours |= {name: Runner(program, kept[1:]) for name, program in backward.items()}
-            tried |= {name: program(*kept[0]) for name, program in backward.items()}
-    want = wanted(case, programs, check)
-    refused = broken | {part: why for part, got in tried.items() if (why := wrong(part, got, want))}
-    if "gather" in parts:
-        ours["gather"] = _gathers(case, programs, inputs, seed)
-    if why := wrong_without_key(case, programs, check, want):
-        refused |= dict.fromkeys(parts, why)
-    full = programs.compile(
-        {name: (f, inputs[0]) for name, f in ({"layer": _dense} | FULL).items()}
-    )
-    dense = {name: Runner(program, inputs) for name, program in full.items()}
-    return refused, {
-        part: {case.implementation: ours[part], DENSE: dense.get(part, dense["layer"])}
-        for part in parts
-        if part in ours
-    }
+            ready |= {name: Runner(program, kept[1:]) for name, program in backward.items()}
+            results |= {name: program(*kept[0]) for name, program in backward.items()}
+    return Tried(ready, results, broken)
 
 
 def _backward(
@@ -203,9 +210,8 @@ def _backward(
 def _gathers(case: SampledCase, programs: Programs, inputs: Sequence[Inputs], seed: int) -> Runner:
     k, rng = case.shape[0], np.random.default_rng(seed)
     groups, taken = k // case.block, case.sampled(k) // case.block
-    args = [
-        (one.x, np.sort(rng.permutation(groups)[:taken]).astype(np.int32), one.w) for one in inputs
-    ]
+    index = [np.sort(rng.permutation(groups)[:taken]) for _ in inputs]
+    args = [(d.x, jnp.asarray(i, jnp.int32), d.w) for d, i in zip(inputs, index, strict=True)]
     gather = functools.partial(_gather, case=case)
     return Runner(programs.compile({"": (gather, args[0])})[""], args)
 
@@ -215,19 +221,23 @@ def check_inputs(case: SampledCase, seed: int) -> Inputs:
     squares are not rounded, in whatever order, so that a program and its reference see the same
     scores and draw the same sample, however they are compiled."""
     (k, m), n = case.shape, case.tokens
-    keys = iter(jax.random.split(jax.random.key(seed + 1), 9))
-
-    @functools.partial(jax.jit, static_argnums=1)
-    def draw(keys: Any, sides: tuple[int, int]) -> jax.Array:
-        signs = jax.random.rademacher(keys[0], sides, case.dtype)
-        rows, columns = (
-            1 + jax.random.bernoulli(key, shape=(side,)).astype(case.dtype)
-            for key, side in zip(keys[1:], sides, strict=True)
+    keys = jax.random.split(jax.random.key(seed + 1), 3)
+    return Inputs(
+        *(
+            _signed_powers(key, sides, case.dtype)
+            for key, sides in zip(keys, ((n, k), (n, m), (k, m)), strict=True)
         )
-        return signs * rows[:, None] * columns[None, :]
+    )
 
-    sides = ((n, k), (n, m), (k, m))
-    return Inputs(*(draw(jnp.stack([next(keys) for _ in range(3)]), one) for one in sides))
+
+@functools.partial(jax.jit, static_argnames=("sides", "dtype"))
+def _signed_powers(key: Any, sides: tuple[int, int], dtype: str) -> jax.Array:
+    for_signs, *for_sides = jax.random.split(key, 3)
+    rows, columns = (
+        1 + jax.random.bernoulli(one, shape=(side,)).astype(dtype)
+        for one, side in zip(for_sides, sides, strict=True)
+    )
+    return jax.random.rademacher(for_signs, sides, dtype) * rows[:, None] * columns[None, :]
 
 
 def wanted(case: SampledCase, programs: Programs, check: Any) -> dict[str, jax.Array]:
@@ -246,8 +256,6 @@ def wanted(case: SampledCase, programs: Programs, check: Any) -> dict[str, jax.A
 
 def wrong(part: str, got: Any, want: dict[str, jax.Array]) -> str | None:
     """How the results of a part differ from the reference by more than rounding."""
-    if part == "sampler":
-        return kernels.wrong(got[0], want["y"][:CORNER, :CORNER])
     for name, one in zip(RESULTS[part], got, strict=True):
         if why := kernels.wrong(one, want[name]):
             return f"{name} is {why}"

@@ -30,7 +30,8 @@ MOST_COPIED = 2**28  # bytes of the copy that measures a CPU's memory
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 1 if a result was wrong, or 130 if the run was interrupted."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
     say = functools.partial(print, flush=True)
     from benchmarks._products import Programs
     from benchmarks._record import JsonLines, environment
@@ -38,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     where = environment()
     gpu = where["platform"] == "gpu"
     found = _cases(args, gpu)
+    for one in found:
+        if one.shape[0] % one.block:
+            parser.error(f"--size {one.shape[0]} is no multiple of --block {one.block}: change one")
     say(f"{len(found)} cases on {where['device']}, {where['cpu']}, commit {where['commit']}")
     records: list[Record] = []
     status = 0
