@@ -28,10 +28,8 @@ def clock(runs):
     """Ours takes 2 ms, the dense product 8."""
     for run in runs.values():
         run(0)
-    return {
-        name: Times("wall", *[np.full(3, 8e-3 if name == DENSE else 2e-3)] * 2, None)
-        for name in runs
-    }
+    seconds = {name: np.full(3, 8e-3 if name == DENSE else 2e-3) for name in runs}
+    return {name: Times("wall", one, one, None) for name, one in seconds.items()}
 
 
 def measure(case, programs=None, **more):
@@ -160,20 +158,21 @@ def records(path):
 def test_the_command(tmp_path, capsys):
     """Ceilings and floors come before the first time; what is not measured says so."""
     path = tmp_path / "new" / "results.jsonl"
-    flags = ["--size", "64", "--block", "8", "--fraction", "0.5", "--rounds", "2"]
-    flags += ["--policy", "backward", "--sampler", "systematic,bernoulli", "--parts", "layer"]
+    flags = ["--size", "64", "--block", "8", "--fraction", "0.5,0.25", "--rounds", "2"]
+    flags += ["--policy", "backward", "--sampler", "systematic,bernoulli", "--parts", "dx"]
     assert sampled.main([*flags, "--json", str(path)]) == 0
     found = records(path)
     assert all({"device", "cpu", "cores", "jax", "commit"} <= set(one) for one in found)
     assert [one["ceiling"] for one in found[:2]] == ["flops", "memory"]
-    *predictions, measured, cannot = found[2:]
-    assert [one["skipped"] for one in predictions] == ["not measured"] * 2
+    predictions, measured, cannot = found[2:6], found[6:8], found[8:]
+    assert [one["skipped"] for one in predictions] == ["not measured"] * 4
     assert {one["ceilings"] for one in found[2:]} == {"measured"}
-    assert (measured["rounds"], measured["clock"]) == (2, "wall")
-    assert measured["ratio_low"] <= measured["ratio"] <= measured["ratio_high"]
-    assert "cannot run here" in cannot["skipped"]
+    for one in measured:
+        assert (one["rounds"], one["clock"]) == (2, "wall")
+        assert one["ratio_low"] <= one["ratio"] <= one["ratio_high"]
+    assert all("cannot run here" in one["skipped"] for one in cannot)
     said = capsys.readouterr().out
-    assert said.index("layer floor") < said.index("layer  ")
+    assert said.index("layer floor") < said.index("dx  ")
     assert "== sampled layers" in said
 
 
@@ -270,8 +269,20 @@ def test_the_run_book_measures_the_most_telling_first():
     assert f"{size} 1 0.25 forward systematic xla" in names
     for how, fraction in itertools.product(("systematic mosaic", "systematic xla"), (0.1, 0.5)):
         assert f"{size} 128 {fraction} forward {how}" in names
-    first = step.items()[0]
-    assert "goal: speedup 3" in next(first.predict(Ceilings()))
+    predict = step.items()[0].predict
+    assert predict
+    assert "goal: speedup 3" in next(predict(Ceilings()))
+
+
+def test_an_item_of_the_run_book(programs, measured, monkeypatch):
+    """By the clock that it has on a GPU."""
+    monkeypatch.setattr(cases, "on_gpu", lambda: [SMALL])
+    (item,) = _gpu_steps.sampled()
+    found = list(item.run(_gpu_steps.Context(Ceilings(), programs, "mosaic", 0)))
+    assert [one["part"] for one in found] == list(measured)
+    assert all(one["ms"] > 0 for one in found)
+    assert item.lines
+    assert len(list(item.lines(found))) == len(found)
 
 
 def test_the_table_says_which_goals_were_met():
