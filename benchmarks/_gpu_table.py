@@ -111,15 +111,14 @@ def sampled(records: Sequence[Record]) -> Iterator[str]:
             continue
         wanted = layer["goal"].get("speedup")
         mark = "" if wanted is None or layer["met"]["speedup"] else "!"
-        yield (
-            f"{start}{layer['ms']:9.4f} {layer['dense_ms']:9.4f} {layer['speedup']:8.2f} "
-            f"{layer['efficiency']:8.2f} {'-' if wanted is None else f'{wanted:g}{mark}':>5} "
-            f"{layer['of_floor']:6.2f}  "
-            + ", ".join(
-                f"{part} {one['ms']:.4f}" if "ms" in one else f"{part} REFUSED"
-                for part, one in parts.items()
-            )
+        alone = (
+            f"{part} {one['ms']:.4f}" if "ms" in one else f"{part} REFUSED"
+            for part, one in parts.items()
         )
+        goal = "-" if wanted is None else f"{wanted:g}{mark}"
+        line = f"{start}{layer['ms']:9.4f} {layer['dense_ms']:9.4f} {layer['speedup']:8.2f} "
+        line += f"{layer['efficiency']:8.2f} {goal:>5} {layer['of_floor']:6.2f}  "
+        yield (line + ", ".join(alone)).rstrip()
     if reached := [ok for one in found for ok in (one.get("met") or {}).values()]:
         yield f"goals met: {sum(reached)} of {len(reached)}; ! is one that was missed"
 
