@@ -23,16 +23,18 @@ CHAIN = 64  # tiny kernels in a row
 ROWS, WIDTH, STAGES = 128, 64, 8  # of a copy to shared memory, and how many are in flight
 
 
-def dense() -> Iterator[Record]:
-    """FLOP/s of a bfloat16 product of XLA, on random numbers (zeros are faster)."""
-    a, b = (jax.random.normal(jax.random.key(i), (SIDE, SIDE), jnp.bfloat16) for i in range(2))
-    yield rate("flops", 2.0 * SIDE**3, "FLOP/s", jnp.matmul, a, b)
+def dense(side: int | None = None, dtype: str = "bfloat16") -> Iterator[Record]:
+    """FLOP/s of a product of XLA, on random numbers (zeros are faster)."""
+    side = side or SIDE
+    a, b = (jax.random.normal(jax.random.key(i), (side, side), dtype) for i in range(2))
+    yield rate("flops", 2.0 * side**3, "FLOP/s", jnp.matmul, a, b)
 
 
-def memory() -> Iterator[Record]:
+def memory(copied: int | None = None) -> Iterator[Record]:
     """Bytes per second of device memory, read and written, by a kernel that copies."""
-    a = jax.random.bits(jax.random.key(0), (COPIED // 4,), jnp.uint32)
-    yield rate("memory", 2.0 * COPIED, "B/s", lambda a: a ^ jnp.uint32(1), a)
+    copied = copied or COPIED
+    a = jax.random.bits(jax.random.key(0), (copied // 4,), jnp.uint32)
+    yield rate("memory", 2.0 * copied, "B/s", lambda a: a ^ jnp.uint32(1), a)
 
 
 def l2() -> Iterator[Record]:

@@ -9,7 +9,7 @@ same blocks gets them by one read ("multicast").
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -151,9 +151,10 @@ def best(product: str, sizes: Sizes, mask: np.ndarray, ceilings: Ceilings) -> Fl
     return min((floor(work, ceilings) for work in works), key=lambda one: one.seconds)
 
 
-def ceilings_from(records: Iterable[Mapping[str, Any]]) -> Ceilings:
-    """The assumed ceilings, replaced by those that were measured."""
-    names = ("flops", "memory", "l2")
+def ceilings_from(
+    records: Iterable[Mapping[str, Any]], names: Sequence[str] = ("flops", "memory", "l2")
+) -> Ceilings:
+    """The assumed ceilings, replaced by those that were measured: all of `names`, or it says so."""
     found = {one.get("ceiling"): one["value"] for one in records if one.get("value")}
     found = {name: found[name] for name in names if name in found}
     return Ceilings(**found, measured=len(found) == len(names))

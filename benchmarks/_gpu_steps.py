@@ -2,12 +2,15 @@
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import _gpu_cases as gpu_cases
 from benchmarks import _gpu_kernels as kernels
+from benchmarks import _sampled_cases as sampled_cases
 from benchmarks._gpu_cases import FIRST, PRODUCTS, REST, GpuCase
 from benchmarks._gpu_floor import Ceilings
+from benchmarks._sampled_cases import SampledCase
 
 type Record = dict[str, Any]
 
@@ -141,12 +144,38 @@ def peers() -> list[Item]:
     ]
 
 
-TESTS = ("tests/kernels/test_gpu.py",)
+def sampled() -> list[Item]:
+    def run(case: SampledCase, at: Context) -> Iterator[Record]:
+        from benchmarks import _sampled_suite
+
+        yield from _sampled_suite.measure(case, at.programs, at.ceilings, seed=at.seed)
+
+    def lines(records: list[Record]) -> Iterator[str]:
+        from benchmarks import _sampled_suite
+
+        yield from _sampled_suite.lines(records)
+
+    return [
+        Item(
+            f"sampled {case.name}",
+            6,
+            functools.partial(run, case),
+            lines,
+            functools.partial(sampled_cases.forecast, case),
+        )
+        for case in sampled_cases.on_gpu()
+    ]
+
+
+CHECKOUT = Path(__file__).parent.parent
+FILES = ("tests/kernels/test_gpu.py", "tests/kernels/test_gpu_sampled.py")
+TESTS = tuple(one for one in FILES if (CHECKOUT / one).exists())
 MOST_VALUABLE = 14  # problems of the tuner
 STEPS = [
     Step("ceilings", 10, ceilings),
     Step("quick tests", 20, tests=(*TESTS, "-m", "gpu and not slow"), seconds=90),
     Step("matmul", 30, functools.partial(suite, FIRST)),
+    Step("sampled", 36, sampled),
     Step("tuner", 40, functools.partial(tuner, kernels.PROBLEMS[:MOST_VALUABLE])),
     Step("rest of matmul", 50, functools.partial(suite, REST)),
     Step("peers", 60, peers),

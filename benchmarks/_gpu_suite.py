@@ -19,12 +19,13 @@ from benchmarks._gpu_cases import PRODUCTS, TWIN, GpuCase
 from benchmarks._gpu_clock import Times, measured
 from benchmarks._gpu_floor import Ceilings
 from benchmarks._products import DENSE, Inputs, Programs, Record, Runner
+from benchmarks._sampled_cases import SampledCase
 from benchmarks._timing import spread
 
 MOSAIC = "mosaic"
 
 
-def draws(case: GpuCase, seed: int) -> list[Inputs]:
+def draws(case: GpuCase | SampledCase, seed: int) -> list[Inputs]:
     """Standard normal x, dy and dense weight, drawn on the device; several, to rotate through more
     than the cache holds."""
     (k, m), n = case.shape, case.tokens

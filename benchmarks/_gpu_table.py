@@ -20,6 +20,7 @@ def table(records: Sequence[Record]) -> Iterator[str]:
     yield from _tests(records)
     yield from _tuner(records)
     yield from _peers(records)
+    yield from sampled(records)
     yield from _products(records)
     yield from _ceilings(records)
 
@@ -88,6 +89,38 @@ def _products(records: Sequence[Record]) -> Iterator[str]:
         )
     reached = [ok for one in found for ok in (one.get("met") or {}).values()]
     yield f"goals reached: {sum(reached)} of {len(reached)}; ! is one that was missed"
+
+
+def sampled(records: Sequence[Record]) -> Iterator[str]:
+    """A line for each sampled layer, its parts at the end."""
+    found = _of(records, "sampled")
+    if not found:
+        return
+    yield "\n== sampled layers: y, dx and dw, scores and sampling included, over the dense layer"
+    width = max(len(one["case"]) for one in found)
+    head = f"{'case':{width}} {'ms':>9} {'dense':>9} {'speed-up':>8} {'of ideal':>8} {'goal':>5} "
+    yield head + f"{'/floor':>6}  ms of parts"
+    for name in dict.fromkeys(one["case"] for one in found):
+        parts = {one["part"]: one for one in found if one["case"] == name}
+        layer = parts.pop("layer", {"skipped": "the layer was not asked for"})
+        start = f"{name:{width}} "
+        if "ms" not in layer:
+            refused = layer.get("refused")
+            said = f"REFUSED {_short(refused)}" if refused else "not measured"
+            yield start + said + (f": {_short(layer['skipped'])}" if layer["skipped"] else "")
+            continue
+        wanted = layer["goal"].get("speedup")
+        mark = "" if wanted is None or layer["met"]["speedup"] else "!"
+        alone = (
+            f"{part} {one['ms']:.4f}" if "ms" in one else f"{part} REFUSED"
+            for part, one in parts.items()
+        )
+        goal = "-" if wanted is None else f"{wanted:g}{mark}"
+        line = f"{start}{layer['ms']:9.4f} {layer['dense_ms']:9.4f} {layer['speedup']:8.2f} "
+        line += f"{layer['efficiency']:8.2f} {goal:>5} {layer['of_floor']:6.2f}  "
+        yield (line + ", ".join(alone)).rstrip()
+    if reached := [ok for one in found for ok in (one.get("met") or {}).values()]:
+        yield f"goals met: {sum(reached)} of {len(reached)}; ! is one that was missed"
 
 
 def _ceilings(records: Sequence[Record]) -> Iterator[str]:

@@ -8,13 +8,13 @@ and its quartiles. `docs/benchmarks.md` says what exactly is measured, and what 
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from benchmarks import _flags as flags
 from benchmarks import _report as report
 from benchmarks._cases import FULL, PATTERNS, QUICK, Case, Suite, cases
 from benchmarks._peers import measure_peers
@@ -94,13 +94,8 @@ def _run(
     return records, True
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> flags.Parser:
+    parser = flags.Parser(
         prog="benchmarks.matmul",
         description="Block-sparse products against a dense weight, on this machine.",
         epilog="Filters take lists: --block 64,128 --density 0.1,0.25",
@@ -108,17 +103,22 @@ def _parser() -> _Parser:
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="a couple of minutes instead of some twenty")
-    add("--tokens", type=_list(_positive), help="numbers of tokens", default=argparse.SUPPRESS)
-    add("--shape", type=_list(_shape), help="weights, KxM", default=argparse.SUPPRESS)
-    add("--block", type=_list(_positive), help="block sides", default=argparse.SUPPRESS)
-    add("--density", type=_list(_density), help="densities", default=argparse.SUPPRESS)
+    add(
+        "--tokens",
+        type=flags.many(flags.positive),
+        help="numbers of tokens",
+        default=argparse.SUPPRESS,
+    )
+    add("--shape", type=flags.many(flags.shape), help="weights, KxM", default=argparse.SUPPRESS)
+    add("--block", type=flags.many(flags.positive), help="block sides", default=argparse.SUPPRESS)
+    add("--density", type=flags.many(flags.density), help="densities", default=argparse.SUPPRESS)
     for name, known in (
         ("pattern", PATTERNS),
         ("dtype", DTYPES),
         ("implementation", IMPLEMENTATIONS),
     ):
         help = f"of {', '.join(known)}"
-        add(f"--{name}", type=_list(_one_of(known)), help=help, default=argparse.SUPPRESS)
+        add(f"--{name}", type=flags.many(flags.one_of(known)), help=help, default=argparse.SUPPRESS)
     add(
         "--peers",
         action=argparse.BooleanOptionalAction,
@@ -126,9 +126,9 @@ def _parser() -> _Parser:
         help="also time scipy.sparse and jax.experimental.sparse, in a few cases",
     )
     add("--json", type=Path, default=Path("out/matmul.jsonl"), help="results; the PNG lies beside")
-    add("--seed", type=_natural, default=0, help="of inputs and patterns")
-    add("--rounds", type=_positive, help="pairs of runs per product, instead of --budget")
-    add("--budget", type=_seconds, default=0.6, help="seconds per product, 5 to 25 pairs")
+    add("--seed", type=flags.natural, default=0, help="of inputs and patterns")
+    add("--rounds", type=flags.positive, help="pairs of runs per product, instead of --budget")
+    add("--budget", type=flags.seconds, default=0.6, help="seconds per product, 5 to 25 pairs")
     return parser
 
 
@@ -155,56 +155,6 @@ def _suite(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Suite:
                     f"--shape {k}x{m} is no multiple of --block {block}: change one of them"
                 )
     return suite
-
-
-def _list(item: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    return lambda text: tuple(dict.fromkeys(item(part.strip()) for part in text.split(",")))
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
-    return int(text)
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0 up, got {text!r}")
-    return int(text)
-
-
-def _number(text: str, least: float, most: float, what: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = least
-    if not least < value <= most:
-        raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}")
-    return value
-
-
-def _density(text: str) -> float:
-    return _number(text, 0, 1, "a density above 0, at most 1")
-
-
-def _seconds(text: str) -> float:
-    return _number(text, 0, 3600, "seconds above 0, at most 3600")
-
-
-def _shape(text: str) -> tuple[int, int]:
-    parts = text.split("x")
-    if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(f"expected KxM, such as 1024x4096, got {text!r}")
-    return int(parts[0]), int(parts[1])
-
-
-def _one_of(known: Sequence[str]) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in known:
-            raise argparse.ArgumentTypeError(f"expected one of {', '.join(known)}, got {text!r}")
-        return text
-
-    return parse
 
 
 if __name__ == "__main__":

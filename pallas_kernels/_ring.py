@@ -86,12 +86,15 @@ class Ring(NamedTuple):
 def onto(sums: Array, accumulate: Callable[[Any], None]) -> Array:
     """What `accumulate` adds to `sums`, in their registers; waits for its products."""
     if _interpreted():  # no accumulator can begin with given sums there
-        new = pl.run_scoped(
-            lambda acc: (accumulate(acc), acc[...])[1],
-            plgpu.WGMMAAccumulatorRef(sums.shape, sums.dtype),
-        )
-        return sums + new
-    return pl.run_state(accumulate)(plgpu.WGMMAAccumulatorRef.init(sums))
+
+        def alone(acc):
+            accumulate(acc)
+            return acc[...]
+
+        shape: Any = sums.shape
+        return sums + pl.run_scoped(alone, plgpu.WGMMAAccumulatorRef(shape, sums.dtype))
+    start: Any = plgpu.WGMMAAccumulatorRef.init(sums)
+    return pl.run_state(accumulate)(start)
 
 
 def _interpreted() -> bool:

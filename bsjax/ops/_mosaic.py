@@ -241,9 +241,10 @@ def gathered(
             options["every"] = block // config.SLICE
         order, counts = lists.of_sample(weights, taken, block // config.SLICE)
         factors = lists.quotients(counts, same=same) if which == "contract" else counts
-        operands = _alike(left, right, kernels.table(order), kernels.table(factors))
-        out = kernels.product(which, *operands, chosen, **options)
-        return _mesh.vary(out, _mesh.varying(operands[0]))[:n, :m]
+        tables = kernels.table(order), kernels.table(factors)
+        left, right, order, factors = _alike(left, right, *tables)
+        out = kernels.product(which, left, right, order, factors, chosen, **options)
+        return _mesh.vary(out, _mesh.varying(left))[:n, :m]
 
     rules = {
         "contract": "n k, k m, g -> n m",

@@ -225,7 +225,7 @@ WRONG = {
     "no kernel": (
         lambda: call(implementation="mosaic"),
         ValueError,
-        'sampled_matmul: implementation="mosaic" cannot run here: there is no kernel yet. '
+        'sampled_matmul: implementation="mosaic" cannot run here: there are kernels for '
         + TAKE_AUTO,
     ),
     "random size": (
