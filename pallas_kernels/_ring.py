@@ -140,11 +140,38 @@ def swizzled(shape: tuple[int, ...], columns: int, dtype: Any) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def store(sums: Array, staging: Any, copy: Callable[[Any, Any], None]) -> None:
-    """Rounds `sums` to shared memory, a slice at a time; `copy(staging, columns)` starts writes."""
-    width = staging.shape[1]
-    for first in range(0, sums.shape[1], width):
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        staging[...] = sums[:, first : first + width].astype(staging.dtype)
+class Slots:
+    """Slices of one output tile on their way out: shared memory `[slots, rows, columns]`.
+
+    To wait until a slot is read takes as long as all loads that were started before, so there had
+    better be a slot for every slice. What was used when is known while Python traces.
+    """
+
+    def __init__(self, memory: Any) -> None:
+        self.memory, self.used, self.groups = memory, 0, 0
+        self.last: dict[int, int] = {}  # by slot: the copies that were started before its own
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of a slice."""
+        return self.memory.shape[1:]
+
+    def next(self) -> Any:
+        """A slot that nobody reads any more."""
+        slot = self.used % self.memory.shape[0]
+        if not self.used:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        elif slot in self.last:
+            plgpu.wait_smem_to_gmem(self.groups - 1 - self.last[slot], wait_read_only=True)
+        self.used += 1
+        return self.memory.at[slot]
+
+    def put(self, part: Array, copy: Callable[[Any], None]) -> Any:
+        """Rounds a slice to the next slot; `copy(slot)` starts writing it."""
+        slot = self.next()
+        slot[...] = part.astype(self.memory.dtype)
         plgpu.commit_smem()
-        copy(staging, pl.ds(first, width))
+        copy(slot)
+        self.last[(self.used - 1) % self.memory.shape[0]] = self.groups
+        self.groups += 1
+        return slot

@@ -73,6 +73,7 @@ def matmul(
 
     def write(tile, row, sums, outs, operands, staging, barriers):
         start = lax.rem(tile, tiles) * rows + row
+        staging = _ring.Slots(staging)
 
         def one(sums, block):
             epilogue.write(sums, start, block, outs, operands, staging, barriers.at[0])
@@ -193,7 +194,7 @@ def _matmul(
             @pl.when(at.whole)
             def _():
                 row = lax.rem(at.tile, tiles) * height + below + warpgroup * rows
-                own = (staging.at[mine], barriers.at[warpgroup])
+                own = (_ring.Slots(staging.at[:, mine]), barriers.at[warpgroup])
 
                 def one(sums, block):
                     epilogue.write(sums, row, block, tuple(outs), tuple(operands), *own)
@@ -219,6 +220,6 @@ def _matmul(
         _ring.swizzled((config.stages, tile, depth), swizzle, x.dtype),
         _ring.swizzled((config.stages, *block), swizzle, x.dtype),
         _ring.ring(config.stages, config.warpgroups, 1 + columns, config.cluster > 1),
-        epilogue.scratch(tile, width_out, outs[0].dtype, config.warpgroups, columns),
+        epilogue.scratch(tile, width_out, outs[0].dtype, config.warpgroups, columns, config.slots),
         collective_axes="warpgroup",
     )

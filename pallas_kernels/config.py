@@ -19,6 +19,7 @@ MULTIPROCESSORS = 132  # of an H200
 MOST_STEPS = 2**31 - 1  # they are counted in int32
 COLUMNS = (1, 2, 4)
 TABLES = 4e10  # FLOPs in whose time on an H200 a few small kernels would be felt
+ENOUGH = 3  # stages: fewer are worse than waiting for a slot
 STAGES = 8  # at most; what is best is for the tuner to find
 # what was tuned stands for sizes near it
 TOKENS = (64, 256, 1024, 8192)
@@ -36,6 +37,7 @@ class Config:
     cluster: int = 1  # `matmul`: programs with other tokens that share what is read of the values
     depth: int = 64  # features (`matmul`) or tokens (`sddmm`) of a step
     stages: int = 4  # steps in flight
+    slots: int = 1  # slices of an output tile that are on their way out
     workers: int = MULTIPROCESSORS  # equal shares of the work, for a cluster of programs each
     split: bool = True  # may cut an output tile between workers, so that all end together
 
@@ -126,11 +128,20 @@ def for_sddmm(
 
 
 def staged(config: Config, width: int, out_bytes: int) -> Config:
-    """`config` with as many stages as fit beside the staged output: latency is hidden by what is
-    in flight."""
+    """`config` with a slot for every slice of the output, or as many as leave `ENOUGH` stages, and
+    with as many stages as fit beside them: latency is hidden by what is in flight."""
+    slots = width * config.columns // min(SLICE, width)
+    while slots > 1 and _stages(config, width, out_bytes, slots) < ENOUGH:
+        slots //= 2
+    stages = min(STAGES, _stages(config, width, out_bytes, slots))
+    return dataclasses.replace(config, stages=stages, slots=slots)
+
+
+def _stages(config: Config, width: int, out_bytes: int, slots: int) -> int:
+    """That fit beside the slots."""
     step = 2 * config.depth * (config.tile + width * config.columns)
-    out = config.tile * min(SLICE, width) * out_bytes
-    return dataclasses.replace(config, stages=min(STAGES, (SHARED_MEMORY - out) // step))
+    out = slots * config.tile * min(SLICE, width) * out_bytes
+    return (SHARED_MEMORY - out) // step
 
 
 def misfit(operation: str, config: Config, block: tuple[int, int], out_bytes: int) -> str | None:
@@ -147,7 +158,7 @@ def misfit(operation: str, config: Config, block: tuple[int, int], out_bytes: in
         return f"steps of {config.depth} tokens: a product that transposes takes {ROWS} at a time"
     if operation != "sddmm" and block[0] % config.depth:
         return f"steps of {config.depth} features do not divide blocks of {block[0]}"
-    most = staged(config, block[1], out_bytes).stages
+    most = _stages(config, block[1], out_bytes, config.slots)
     if not 2 <= config.stages <= most:
         return f"{config.stages} stages: shared memory holds 2 to {most}"
     return None
@@ -243,7 +254,7 @@ def _looked_up(
     if not tuned or not found:
         return None
     found = dataclasses.replace(found, workers=workers // found.cluster)
-    most = staged(found, block[1], out_bytes).stages  # another output may leave less room
+    most = _stages(found, block[1], out_bytes, found.slots)  # another output may leave less room
     found = dataclasses.replace(found, stages=min(found.stages, most))
     wasteful = tuned.operation != "sddmm" and n > ROWS and _padding(n, found) > 1.25
     return None if wasteful or misfit(tuned.operation, found, block, out_bytes) else found

@@ -87,16 +87,23 @@ class Epilogue:
         return (y, *[kept] * self.keep)
 
     def scratch(
-        self, rows: int, width: int, dtype: Any, warpgroups: int, blocks: int = 1
+        self,
+        rows: int,
+        width: int,
+        dtype: Any,
+        warpgroups: int,
+        blocks: int = 1,
+        slots: int = 1,
     ) -> tuple[Any, Any]:
-        """Shared memory for a slice of a tile of so many blocks, and barriers for what is read into
-        it."""
+        """Shared memory for so many slices of a tile of `blocks`, and barriers for what is read
+        into it."""
         pairs = self.gated and self.slope is None  # of blocks of sums
         columns = min(SLICE, width // (1 + pairs))
+        room = slots * min(SLICE, width)
         computes = self.activation is not None or self.slope is not None
         if computes and rows // warpgroups * width * blocks >= ACCUMULATOR:
             columns = min(SLICE // 2, columns)  # few registers are left for what it computes
-        staging = _ring.swizzled((rows, columns), columns, dtype)
+        staging = _ring.swizzled((room // columns, rows, columns), columns, dtype)
         return staging, plgpu.Barrier(num_barriers=warpgroups)
 
     def write(
@@ -106,7 +113,7 @@ class Epilogue:
         block: Any,
         outs: tuple[Any, ...],
         operands: tuple[Any, ...],
-        staging: Any,
+        staging: _ring.Slots,
         barrier: Any,
     ) -> None:
         """Writes the rows of an output block from there on, a slice at a time.
@@ -157,11 +164,11 @@ class Epilogue:
 
         def put(part: Array, first: int) -> None:
             tokens, columns = here(first)
-            _stage(part, staging, outs[0].at[tokens, columns])
+            slot = _stage(part, staging, outs[0].at[tokens, columns])
             if self.total:
                 for start in range(0, rows, ROWS):
                     own = plgpu.load(
-                        staging.at[pl.ds(start, ROWS)], layout=_columns(width), optimized=False
+                        slot.at[pl.ds(start, ROWS)], layout=_columns(width), optimized=False
                     )
                     total = jnp.sum(own.astype(jnp.float32), axis=0)
                     _store(outs[1].at[lax.div(row + start, ROWS), columns], total)
@@ -188,11 +195,11 @@ def _columns(width: int) -> Any:
     )
 
 
-def _read(operand: Any, staging: Any, barrier: Any) -> Array:
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    plgpu.copy_gmem_to_smem(operand, staging, barrier)
+def _read(operand: Any, staging: _ring.Slots, barrier: Any) -> Array:
+    slot = staging.next()
+    plgpu.copy_gmem_to_smem(operand, slot, barrier)
     plgpu.barrier_wait(barrier)
-    return staging[...].astype(jnp.float32)
+    return slot[...].astype(jnp.float32)
 
 
 def _store(out: Any, numbers: Array) -> None:
@@ -203,8 +210,5 @@ def _store(out: Any, numbers: Array) -> None:
         out[...] = numbers
 
 
-def _stage(part: Array, staging: Any, out: Any) -> None:
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    staging[...] = part.astype(staging.dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(staging, out)
+def _stage(part: Array, staging: _ring.Slots, out: Any) -> Any:
+    return staging.put(part, lambda slot: plgpu.copy_smem_to_gmem(slot, out))

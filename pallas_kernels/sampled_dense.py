@@ -61,7 +61,7 @@ def sddmm(
     def write(group, first_row, sums, outs, tables, staging):
         _write(sums, staging, outs[0], first_row, tables[0], group)
 
-    scratch = (_staging(ROWS, width, out_dtype),)
+    scratch = (_staging(ROWS, width, out_dtype, 1),)
     (v,) = _workers.join((v,), pieces, shares, config, write, scratch, groups)
     return v
 
@@ -149,7 +149,7 @@ def _sddmm(x, y, row, groups, spans, v, pieces, *, config: Config, block: tuple[
 
             @pl.when(at.whole)
             def _():
-                _write(sums, staging.at[mine], v, warpgroup * rows, groups, at.tile)
+                _write(sums, staging.at[:, mine], v, warpgroup * rows, groups, at.tile)
 
             _workers.keep(sums, at, worker, pieces, mine, config)
             return turn
@@ -168,14 +168,14 @@ def _sddmm(x, y, row, groups, spans, v, pieces, *, config: Config, block: tuple[
         _ring.swizzled((config.stages, *x_tile), swizzle, x.dtype),
         _ring.swizzled((config.stages, depth, width), swizzle, x.dtype),
         _ring.ring(config.stages, config.warpgroups, copies=most * copies + 1),
-        _staging(config.tile, width, v.dtype),
+        _staging(config.tile, width, v.dtype, config.slots),
         collective_axes="warpgroup",
     )
 
 
-def _staging(rows: int, width: int, dtype: Any) -> Any:
+def _staging(rows: int, width: int, dtype: Any, slots: int) -> Any:
     columns = min(SLICE, width)
-    return _ring.swizzled((rows, columns), columns, dtype)
+    return _ring.swizzled((slots, rows, columns), columns, dtype)
 
 
 def _write(sums, staging, v, first_row, groups, group) -> None:
@@ -184,14 +184,17 @@ def _write(sums, staging, v, first_row, groups, group) -> None:
     part = min(rows, height)
     first, count = groups[0, group], groups[1, group]
 
-    def copy(staging, columns):
+    def copy(slot, columns):
         for k in range(0, rows, part):
             i, start = lax.div(first_row + k, height), lax.rem(first_row + k, height)
 
             @pl.when(i < count)
             def _(k=k, i=i, start=start):
                 plgpu.copy_smem_to_gmem(
-                    staging.at[pl.ds(k, part)], v.at[first + i, pl.ds(start, part), columns]
+                    slot.at[pl.ds(k, part)], v.at[first + i, pl.ds(start, part), columns]
                 )
 
-    _ring.store(sums, staging, copy)
+    slots = _ring.Slots(staging)
+    for start in range(0, sums.shape[1], slots.shape[1]):
+        columns = pl.ds(start, slots.shape[1])
+        slots.put(sums[:, start : start + slots.shape[1]], functools.partial(copy, columns=columns))
