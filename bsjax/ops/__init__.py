@@ -7,6 +7,7 @@ from bsjax.ops._products import glu as glu
 from bsjax.ops._products import matmul as matmul
 from bsjax.ops._products import sddmm as sddmm
 from bsjax.ops._products import todense as todense
+from bsjax.ops._sample import sample as sample
 from bsjax.ops._sampled import Policy as Policy
 from bsjax.ops._sampled import sampled_matmul as sampled_matmul
 from bsjax.ops._sampled_conv import sampled_conv as sampled_conv
@@ -21,6 +22,7 @@ __all__ = [
     "fromdense",
     "glu",
     "matmul",
+    "sample",
     "sampled_conv",
     "sampled_matmul",
     "scan",
