@@ -10,6 +10,7 @@ import pytest
 import bsjax
 from bsjax.ops._samplers import SAMPLERS
 from tests.helpers import assert_close, assert_raises, normal
+from tests.ops.test_sampled_tokens import slow
 
 KEY = jax.random.key(3)
 K, M = 24, 16
@@ -30,7 +31,7 @@ def both(x, w, scores, **options):
     return y, bsjax.sample(scores, key=KEY, **options)
 
 
-@pytest.mark.parametrize(("fraction", "block"), [(0.5, 2), (0.01, 8)])  # or less than one block
+@pytest.mark.parametrize(("fraction", "block"), [(0.5, 2), slow(0.01, 8)])  # less than a block
 @pytest.mark.parametrize("sampler", FIXED)
 def test_is_what_sampled_matmul_draws(sampler, fraction, block):
     rng = np.random.default_rng(0)

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 import bsjax
 from bsjax.ops._samplers import weigh
 from tests.helpers import accumulator, assert_close, assert_raises, normal
+from tests.ops.test_sampled_tokens import slow
 
 KEY = jax.random.key(3)
 K, M = 12, 5
@@ -110,7 +111,7 @@ def test_is_the_masked_kernel(shapes, options):
     assert not np.any(dw[..., off, :])
 
 
-@pytest.mark.parametrize("name", ["dense", "reference"])
+@pytest.mark.parametrize("name", ["dense", slow("reference")])
 def test_implementations_agree(name):
     """ "bernoulli" runs masked."""
     x, w = inputs()
@@ -119,7 +120,7 @@ def test_implementations_agree(name):
     assert_masked(x, w, got, weights(x, w, "bernoulli", scores=options["scores"]))
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [slow(jnp.bfloat16), jnp.float16])
 def test_is_rounded_once(dtype):
     x, w = inputs(dtype=dtype)
     assert_masked(x, w, run(x, w, KEY, sampler="priority"), weights(x, w, "priority"))
@@ -135,17 +136,24 @@ def test_exact(exactly):
 def test_one_tap_is_sampled_matmul():
     x, w = inputs(window=(1, 1))
     options = {"key": KEY, "fraction": 0.25, "sampler": "wta", "block": 3}
-    got = bsjax.sampled_conv(x, w, **options)
-    assert_close(got, np.asarray(bsjax.sampled_matmul(x, w[0, 0], **options)), K * 64)
+    both = jax.jit(
+        lambda x, w: (
+            bsjax.sampled_conv(x, w, **options),
+            bsjax.sampled_matmul(x, w[0, 0], **options),
+        )
+    )
+    got, want = both(x, w)
+    assert_close(got, np.asarray(want), K * 64)
 
 
 def test_numbers_for_all_axes():
     x, w = inputs()
-    short = run(x, w, KEY, strides=2, padding=1, dilation=2)
-    long = run(x, w, KEY, strides=(2, 2), padding=(1, (1, 1)), dilation=(2, 2))
-    jax.tree.map(np.testing.assert_array_equal, short, long)
+    short = run.lower(x, w, KEY, strides=2, padding=1, dilation=2)
+    long = run.lower(x, w, KEY, strides=(2, 2), padding=(1, (1, 1)), dilation=(2, 2))
+    assert short.as_text() == long.as_text()
 
 
+@pytest.mark.slow
 def test_vmap_draws_for_each():
     x, w = inputs()
     keys = jax.random.split(KEY, 2)
@@ -178,7 +186,7 @@ def test_remat_and_second_order():
         np.testing.assert_allclose(got, want, atol=1e-4 * float(abs(want).max()))
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("axis_type", [slow(AxisType.Auto), AxisType.Explicit])
 def test_images_over_a_mesh_are_not_gathered(axis_type):
     x, w = inputs(lead=(8,))
     want = run(x, w, KEY, sampler="priority")
@@ -200,6 +208,7 @@ def test_images_over_a_mesh_are_not_gathered(axis_type):
     assert_close(got[0], np.asarray(want[0]), 72 * 64)
 
 
+@pytest.mark.slow
 def test_shard_map():
     """With its checks on: each device samples by its own images, and dw is summed."""
     x, w = inputs(lead=(4,))
