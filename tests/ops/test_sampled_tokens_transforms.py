@@ -81,6 +81,11 @@ def test_in_loops(loop):
             x = step(values, x, keys[i])
         return jnp.vdot(x, dy)
 
+    program = jax.make_jaxpr(jax.grad(looped, 1))(x, values).eqns
+    backward = [step for step in program if step.primitive.name == "scan"][-1]
+    given_out = [out.aval.shape for out in backward.outvars]
+    # the cotangents of the sampled tokens of all steps
+    assert ((3, 4, 24) in given_out) == (loop == "bsjax.scan")
     got, want = (jax.jit(jax.grad(f, (0, 1)))(x, values) for f in (looped, unrolled))
     for ours, theirs in zip(got, want, strict=True):
         few = 16 * float(jnp.finfo(jnp.float32).eps)  # of some steps in another order
