@@ -13,6 +13,8 @@ from bsjax.ops import block_norms as block_norms
 from bsjax.ops import fromdense as fromdense
 from bsjax.ops import glu as glu
 from bsjax.ops import matmul as matmul
+from bsjax.ops import sample as sample
+from bsjax.ops import sampled_conv as sampled_conv
 from bsjax.ops import sampled_matmul as sampled_matmul
 from bsjax.ops import scan as scan
 from bsjax.ops import sddmm as sddmm
@@ -31,6 +33,8 @@ __all__ = [
     "matmul",
     "partition",
     "patterns",
+    "sample",
+    "sampled_conv",
     "sampled_matmul",
     "scan",
     "sddmm",

@@ -7,8 +7,10 @@ from bsjax.ops._products import glu as glu
 from bsjax.ops._products import matmul as matmul
 from bsjax.ops._products import sddmm as sddmm
 from bsjax.ops._products import todense as todense
+from bsjax.ops._sample import sample as sample
 from bsjax.ops._sampled import Policy as Policy
 from bsjax.ops._sampled import sampled_matmul as sampled_matmul
+from bsjax.ops._sampled_conv import sampled_conv as sampled_conv
 from bsjax.ops._samplers import Sampler as Sampler
 from bsjax.ops._scan import scan as scan
 
@@ -20,6 +22,8 @@ __all__ = [
     "fromdense",
     "glu",
     "matmul",
+    "sample",
+    "sampled_conv",
     "sampled_matmul",
     "scan",
     "sddmm",

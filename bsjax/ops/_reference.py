@@ -9,6 +9,7 @@ r, c       block-rows and block-columns of S:  k == r * br,  m == c * bc
 e          slots, ordered by block-column, then by block-row
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -101,6 +102,18 @@ def sampled_matmul(
         tokens = jax.lax.stop_gradient(wide) * weights.reshape(*x.shape[:-1], 1)
         y = product(wide, constant) + product(tokens, w - constant)
     return y.astype(x.dtype)
+
+
+def sampled_conv(
+    x: Float[Array, "n *space k"],
+    w: Float[Array, "*window k m"],
+    weights: Float[Array, " k"],
+    conv: Callable[..., Array],
+) -> Float[Array, "n ..."]:
+    """`sum_c weights_c x_c * w_c`, over channels in, by the convolution `conv(x, w, precision)`."""
+    kept = accumulator(x, w)
+    scaled = w.astype(kept) * weights.astype(kept).reshape(*[1] * (w.ndim - 2), -1, 1)
+    return conv(x.astype(kept), scaled, jax.lax.Precision.HIGHEST).astype(x.dtype)
 
 
 def common_dtype(*dtypes: Any) -> Any:
