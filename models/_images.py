@@ -53,7 +53,7 @@ def load(folder: Path | None, *, test: bool) -> Images:
 
 def _bundled() -> tuple[Split, Split]:
     try:
-        from sklearn.datasets import load_digits
+        from sklearn.datasets import load_digits  # pyright: ignore
     except ImportError:
         raise Mistake(
             "the digits come with scikit-learn, which is not installed: pip install scikit-learn, "

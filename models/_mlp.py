@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,14 +63,6 @@ class Training:
         """Features in and out of each layer."""
         features = [inputs, *[width] * self.layers, CLASSES]
         return list(itertools.pairwise(features))
-
-
-class Programs(NamedTuple):
-    """Compiled, for all seeds at once."""
-
-    start: Callable[..., Any]  # (keys) -> state
-    train: Callable[..., Any]  # (state, keys, x, y, first, last, of) -> state, mean loss[seed]
-    measure: Callable[..., Any]  # (state, keys, x, y) -> share[seed] right: exact, and sampled
 
 
 # -------------------------------------------------------------------------------------- the costs
@@ -179,11 +171,11 @@ def loss_and_gradient(
     return jax.value_and_grad(lambda p: entropy(logits(method, p, to_layers, x)))(parameters)
 
 
-def optimizer(method: Method, training: Training) -> optax.GradientTransformation:
-    """Directions of length about one; the learning rate is multiplied in by the step."""
+def optimizer(method: Method, training: Training, key: Any) -> optax.GradientTransformation:
+    """What the learning rate is multiplied with; the key is that of gradient noise."""
     parts = []
     if method.kind == "gradient noise":
-        parts.append(baselines.gradient_noise(jax.random.key(0), eta=method.strength))
+        parts.append(baselines.gradient_noise(key, eta=method.strength))
     adam, momentum = optax.scale_by_adam(), optax.trace(0.9, nesterov=True)
     parts.append(adam if training.optimizer == "adam" else momentum)
     if training.weight_decay:
@@ -194,39 +186,38 @@ def optimizer(method: Method, training: Training) -> optax.GradientTransformatio
 # ----------------------------------------------------------------------------------- the programs
 
 
-def programs(
-    method: Method, training: Training, width: int, seeds: int, data: Sequence[Any]
-) -> Programs:
-    """Compiles what trains and measures `seeds` networks on `data`: x, y, held x, held y."""
-    x, y, held_x, held_y = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in data)
-    sizes = training.sizes(x.shape[1], width)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), seeds))
+def start(method: Method, training: Training, keys: jax.Array, sizes: Sequence[Any]) -> Any:
+    """Parameters, moments and feedback matrices, for each of the keys."""
+    parameters = _initial(tuple(sizes), keys)
+    widths = [m for _, m in sizes[:-1]] if method.kind == "direct feedback" else []
+
+    def rest(key: jax.Array, parameters: Parameters) -> Any:
+        own = jax.random.fold_in(key, 3)
+        feedback = baselines.feedback_matrices(own, CLASSES, widths)
+        return optimizer(method, training, own).init(parameters), feedback
+
+    return parameters, *jax.vmap(rest)(keys, parameters)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # once for a width, whatever the method
+def _initial(sizes: Any, keys: jax.Array) -> Parameters:
+    return jax.vmap(lambda key: initial(key, sizes))(keys)
+
+
+def compile_training(
+    method: Method, training: Training, width: int, keys: jax.Array, data: Sequence[jax.Array]
+) -> Callable[..., Any]:
+    """`(state, keys, x, y, first, last, of) -> state, mean loss[seed]` of steps `first` to `last`.
+
+    They must lie within one epoch. `of` is how many steps there will be. The old state is gone.
+    """
+    sizes = training.sizes(data[0].shape[1], width)
+    state = jax.eval_shape(lambda keys: start(method, training, keys, sizes), keys)
+    axes = (0, 0, None, None, None, None, None)
+    run = jax.jit(jax.vmap(functools.partial(_train, method, training), axes), donate_argnums=0)
     step = jax.ShapeDtypeStruct((), jnp.int32)
     with jax.default_matmul_precision("highest"):  # as sampled products are
-        start = jax.jit(jax.vmap(functools.partial(_start, method, training, sizes)))
-        state = jax.eval_shape(start, keys)
-        axes = (0, 0, None, None, None, None, None)
-        train = jax.vmap(functools.partial(_train, method, training), axes)
-        train = jax.jit(train, donate_argnums=0)
-        share = functools.partial(_share_right, method, _divisor(held_y.shape[0], training.batch))
-        measure = jax.jit(jax.vmap(share, (0, 0, None, None)))
-        return Programs(
-            start.lower(keys).compile(),
-            train.lower(state, keys, x, y, step, step, step).compile(),
-            measure.lower(state, keys, held_x, held_y).compile(),
-        )
-
-
-def _start(method: Method, training: Training, sizes: Any, key: jax.Array) -> Any:
-    to_weights, to_feedback = jax.random.split(key)
-    parameters = initial(to_weights, sizes)
-    widths = [m for _, m in sizes[:-1]] if method.kind == "direct feedback" else []
-    feedback = baselines.feedback_matrices(to_feedback, CLASSES, widths)
-    moments = optimizer(method, training).init(parameters)
-    if method.kind == "gradient noise":  # each seed noise of its own
-        noise = moments[0]._replace(rng_key=to_feedback)
-        moments = (noise, *moments[1:])
-    return parameters, moments, feedback
+        return run.lower(state, keys, *data, step, step, step).compile()
 
 
 def _train(
@@ -241,7 +232,7 @@ def _train(
     of: jax.Array,
 ) -> tuple[Any, jax.Array]:
     """Steps `first` to `last`, within one epoch, `of` so many; the rate falls along a cosine."""
-    tx, batch = optimizer(method, training), training.batch
+    tx, batch = optimizer(method, training, key), training.batch  # a state has its own key
     per_epoch = y.shape[0] // batch
     to_order, to_steps = jax.random.split(jax.random.fold_in(key, 1))
     order = jax.random.permutation(jax.random.fold_in(to_order, first // per_epoch), y.shape[0])
@@ -261,23 +252,24 @@ def _train(
     return tuple(state), total / (last - first).astype(jnp.float32)
 
 
-def _share_right(
-    method: Method, batch: int, state: Any, key: jax.Array, x: jax.Array, y: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The share of right answers, exact and with the samples of training: a new one each batch."""
-    parameters, _, _ = state
-
-    def right(one: Any) -> tuple[jax.Array, jax.Array]:
-        i, x, y = one
-        sampled = jax.random.fold_in(jax.random.fold_in(key, 2), i)
-        found = (logits(method, parameters, key, x).argmax(-1) for key in (None, sampled))
-        exact, left_on = ((guess == y).sum() for guess in found)
-        return exact, left_on
-
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def share_right(
+    method: Method, batch: int, parameters: Parameters, keys: jax.Array, x: jax.Array, y: jax.Array
+) -> jax.Array:
+    """The share of right answers of each seed, with the samples of training in batches of at most
+    that size, a new sample for each; a dense method is exact."""
+    batch = _divisor(y.shape[0], batch)
     cut = x.reshape(-1, batch, x.shape[1]), y.reshape(-1, batch)
-    exact, left_on = lax.map(right, (jnp.arange(cut[0].shape[0]), *cut))
-    n = jnp.float32(y.shape[0])
-    return exact.sum().astype(jnp.float32) / n, left_on.sum().astype(jnp.float32) / n
+
+    def one(parameters: Parameters, key: jax.Array) -> jax.Array:
+        def right(piece: Any) -> jax.Array:
+            i, x, y = piece
+            sample = jax.random.fold_in(jax.random.fold_in(key, 2), i)
+            return (logits(method, parameters, sample, x).argmax(-1) == y).sum()
+
+        return lax.map(right, (jnp.arange(cut[0].shape[0]), *cut)).sum()
+
+    return jax.vmap(one)(parameters, keys).astype(jnp.float32) / y.shape[0]
 
 
 def _divisor(n: int, most: int) -> int:

@@ -61,14 +61,8 @@ def _row(
     """One line of a table, in points."""
     dense = next(c for c in cases if c.method.kind == "dense" and c.width == case.width)
     found, against = results[case], results[dense]
-    exact, left_on, reference = (
-        100 * np.array([one[name] for one in of])
-        for name, of in (
-            ("accuracy", found),
-            ("accuracy with sampling", found),
-            ("accuracy", against),
-        )
-    )
+    exact, reference = (100 * np.array([one["accuracy"] for one in of]) for of in (found, against))
+    left_on = [100 * one["with sampling"] for one in found if "with sampling" in one]
     return {
         "name": title(case.method),
         "kind": case.method.kind,
@@ -78,10 +72,10 @@ def _row(
         "epochs": case.steps / per_epoch,
         "flops": found[0]["flops"],
         "flops of dense": against[0]["flops"] * case.steps / dense.steps,
-        "accuracy": exact.mean(),
-        "deviation": exact.std(ddof=1) if len(exact) > 1 else None,
-        "with sampling": left_on.mean() if case.method.kind == "forward" else None,
-        "below dense": reference.mean() - exact.mean(),
+        "accuracy": float(exact.mean()),
+        "deviation": float(exact.std(ddof=1)) if len(exact) > 1 else None,
+        "with sampling": float(np.mean(left_on)) if left_on else None,
+        "below dense": float(reference.mean() - exact.mean()),
     }
 
 

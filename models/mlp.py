@@ -11,6 +11,7 @@ with sampling left on.
 """
 
 import dataclasses
+import functools
 import math
 import os
 import time
@@ -111,14 +112,11 @@ def policies(config: Config, fraction: float) -> list[Method]:
 
 def cases(config: Config, part: str, inputs: int, per_epoch: int) -> list[Case]:
     """What a part of the comparison trains; the first case is dense."""
-    steps, training = config.epochs * per_epoch, config.training()
+    steps = config.epochs * per_epoch
     dense, goal = Method(), sampled(config, "forward", config.fraction)
 
     def equal_steps(*methods: Method, width: int = config.width) -> list[Case]:
         return [Case(method=method, width=width, steps=steps) for method in (dense, *methods)]
-
-    def cost(method: Method) -> float:
-        return net.flops(method, training.sizes(inputs, config.width), config.batch)
 
     match part:
         case "goal":
@@ -128,10 +126,14 @@ def cases(config: Config, part: str, inputs: int, per_epoch: int) -> list[Case]:
         case "policies":
             return equal_steps(*(m for f in config.fractions for m in policies(config, f)))
         case "flops":
-            budget = steps * cost(goal)
+            budget = steps * flops(config, goal, config.width, inputs)
             methods = [dense, *(m for f in config.fractions for m in policies(config, f))]
             return [
-                Case(method=m, width=config.width, steps=max(1, round(budget / cost(m))))
+                Case(
+                    method=m,
+                    width=config.width,
+                    steps=max(1, round(budget / flops(config, m, config.width, inputs))),
+                )
                 for m in methods
             ]
         case "samplers" | "cross":
@@ -176,67 +178,70 @@ def train(config: Config, wanted: list[Case], data: images.Images, runs: Runs, w
     def missing(case: Case) -> bool:
         return not all(runs.get(settings(config, case, data.digest, seed)) for seed in seeds)
 
-    left = list(filter(missing, wanted))
     # cases of one program follow each other: it compiles once
-    groups: dict[tuple[Method, int], list[Case]] = {}
-    for case in left:
-        groups.setdefault((case.method, case.width), []).append(case)
-    if len(left) < len(wanted):
-        print(f"{len(wanted) - len(left)} of {len(wanted)} kinds of networks are there already.")
-    if not left:
-        return True
-    arrays = [jnp.asarray(a) for a in (*data.train, *data.measured)]
-    keys = jax.vmap(jax.random.key)(jnp.asarray(list(seeds), jnp.uint32))
-    training, total = config.training(), sum(case.steps for case in left)
-
-    def compiling(method: Method, width: int) -> Any:
-        return lambda: net.programs(method, training, width, len(keys), arrays)
-
-    progress = Progress(total, tokens=config.batch * len(keys), unit="images")
-    workers = max(1, (os.cpu_count() or 1) // 2)
-    tasks = (compiling(*group) for group in groups)
-    done = 0
-    with CtrlC() as stop, progress, in_advance(tasks, workers) as compiled:
-        for programs, of_program in zip(compiled, groups.values(), strict=True):
-            for case in of_program:
-                if stop.asked:
-                    return False
+    left: dict[tuple[Method, int], list[Case]] = {}
+    for case in filter(missing, wanted):
+        left.setdefault((case.method, case.width), []).append(case)
+    steps = sum(case.steps for cases in left.values() for case in cases)
+    if there := len(wanted) - sum(map(len, left.values())):
+        print(f"{there} of {len(wanted)} kinds of networks are there already.")
+    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+    learn, held = ([jnp.asarray(a) for a in split] for split in (data.train, data.measured))
+    compiling = (
+        functools.partial(net.compile_training, *what, keys, learn)
+        for what in ((method, config.training(), width) for method, width in left)
+    )
+    progress = Progress(steps, tokens=config.batch * len(keys), unit="images")
+    workers, done = max(1, (os.cpu_count() or 1) // 2), 0
+    with CtrlC() as stop, progress, in_advance(compiling, workers) as compiled:
+        for run, cases in zip(compiled, left.values(), strict=True):
+            for case in cases:
                 began = time.perf_counter()
-                state = programs.start(keys)
-                for state, loss, step in epochs(config, case, programs, keys, arrays[:2]):  # noqa: B007
+                for state in epochs(config, case, run, keys, learn):
+                    parameters, losses, step = state
                     name = f"{title(case.method)}, {case.width} wide"
-                    finite(name, loss.mean())
-                    progress.update(done + step, f"{name}: loss {loss.mean():.4f}")
-                    if stop.asked and step < case.steps:
+                    progress.update(done + step, f"{name}: loss {finite(name, losses.mean()):.4f}")
+                    if stop.asked and done + step < steps:
                         return False
                 done += case.steps
                 seconds = time.perf_counter() - began
-                exact, left_on = map(np.asarray, programs.measure(state, keys, *arrays[2:]))
-                cost = net.flops(
-                    case.method, training.sizes(arrays[0].shape[1], case.width), config.batch
-                )
+                found = measure(config, case, parameters, keys, held)
+                cost = case.steps * flops(config, case.method, case.width, learn[0].shape[1])
                 for i, seed in enumerate(seeds):
-                    result = {
-                        "accuracy": float(exact[i]),
-                        "accuracy with sampling": float(left_on[i]),
-                        "loss": float(loss[i]),
-                        "flops": cost * case.steps,
-                        "seconds of all seeds": seconds,
-                    }
+                    result = {name: float(shares[i]) for name, shares in found.items()}
+                    result |= {"loss": float(losses[i]), "flops": cost, "seconds of all": seconds}
                     runs.add(settings(config, case, data.digest, seed), result, where)
     return True
 
 
 def epochs(
-    config: Config, case: Case, programs: net.Programs, keys: jax.Array, data: list[jax.Array]
+    config: Config, case: Case, run: Any, keys: jax.Array, data: list[jax.Array]
 ) -> Iterator[tuple[Any, np.ndarray, int]]:
-    """(state, mean loss of each seed in this epoch, steps that are done), epoch by epoch."""
-    per_epoch = data[1].shape[0] // config.batch
-    state = programs.start(keys)
+    """(parameters, mean loss of each seed in this epoch, steps that are done), epoch by epoch."""
+    training, per_epoch = config.training(), data[1].shape[0] // config.batch
+    sizes = training.sizes(data[0].shape[1], case.width)
+    state = net.start(case.method, training, keys, sizes)
     for first in range(0, case.steps, per_epoch):
         last = min(first + per_epoch, case.steps)
-        state, loss = programs.train(state, keys, *data, *map(jnp.int32, (first, last, case.steps)))
-        yield state, np.asarray(loss), last
+        state, losses = run(state, keys, *data, *map(jnp.int32, (first, last, case.steps)))
+        yield state[0], np.asarray(losses), last
+
+
+def measure(
+    config: Config, case: Case, parameters: Any, keys: jax.Array, data: list[jax.Array]
+) -> dict[str, np.ndarray]:
+    """Accuracy of each seed, exact and, where the forward pass is sampled, sampled."""
+    with jax.default_matmul_precision("highest"):
+        share = functools.partial(net.share_right, parameters=parameters, keys=keys)
+        found = {"accuracy": share(Method(), config.batch, x=data[0], y=data[1])}
+        if case.method.kind == "forward":
+            found["with sampling"] = share(case.method, config.batch, x=data[0], y=data[1])
+    return {name: np.asarray(shares) for name, shares in found.items()}
+
+
+def flops(config: Config, method: Method, width: int, inputs: int) -> float:
+    """Of one step."""
+    return net.flops(method, config.training().sizes(inputs, width), config.batch)
 
 
 def title(method: Method) -> str:
