@@ -29,8 +29,7 @@ def meprop(x: jax.Array, w: jax.Array, *, keep: int, unified: bool = True) -> ja
     Raises ValueError unless 1 <= keep <= m and the shapes fit.
 
     Sun, Ren, Ma and Wang 2017, "meProp: Sparsified Back Propagation for Accelerated Deep Learning
-    with Reduced Overfitting"; unified: Wei, Sun, Ren and Xu 2017, "Minimal Effort Back Propagation
-    for Convolutional Neural Networks".
+    with Reduced Overfitting".
     """
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[0]:
         raise ValueError(

@@ -1,0 +1,452 @@
+"""The digits recipe: its data, what methods cost, what they train, and a run from end to end."""
+
+import contextlib
+import dataclasses
+import gzip
+import io
+import json
+import re
+import shlex
+import signal
+import struct
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models import _images as images
+from models import _mlp as net
+from models import _runs, mlp
+from models._cli import INTERRUPTED, Mistake
+from models._mlp import Method
+
+TINY = shlex.split(
+    "--width 8 --layers 1 --epochs 2 --batch 10 --seeds 2 --learning_rate 0.01 --fraction 0.5"
+)
+SIZES = [(20, 12), (12, 8), (8, 10)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def promotion():
+    """Programs are compiled in threads, which a context manager does not reach."""
+    before = jax.config.jax_numpy_dtype_promotion
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    yield
+    jax.config.update("jax_numpy_dtype_promotion", before)
+
+
+# -------------------------------------------------------------------------------------- the data
+
+
+def idx(array):
+    """The bytes of an IDX file."""
+    header = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+    return header + array.astype(np.uint8).tobytes()
+
+
+def write_mnist(folder, compress=False, **changes):
+    """Four files in the format of MNIST: 60 images of 4 x 5, and 12 for the test."""
+    rng, folder = np.random.default_rng(0), folder / "idx"
+    folder.mkdir()
+    arrays = {}
+    for part, n in (("train", 60), ("t10k", 12)):
+        labels = np.arange(n) % 10
+        light = rng.integers(0, 100, (n, 4, 5))
+        light.reshape(n, 20)[np.arange(n), 2 * labels] = 255  # one pixel tells
+        arrays[f"{part}-images-idx3-ubyte"], arrays[f"{part}-labels-idx1-ubyte"] = light, labels
+    for name, array in arrays.items():
+        content = changes.get(name.split("-ubyte")[0].replace("-", "_"), idx(array))
+        if content is not None:
+            suffix = ".gz" if compress else ""
+            content = gzip.compress(content) if compress else content
+            (folder / (name + suffix)).write_bytes(content)
+    return folder, arrays
+
+
+@pytest.mark.parametrize("compress", [True, False])
+def test_idx_files_plain_or_compressed(tmp_path, compress):
+    folder, arrays = write_mnist(tmp_path, compress)
+    found = images.load(folder, test=True)
+    light = arrays["train-images-idx3-ubyte"].reshape(60, 20) / 255
+    np.testing.assert_allclose(found.train.x, light, rtol=1e-6)
+    np.testing.assert_array_equal(found.train.y, arrays["train-labels-idx1-ubyte"])
+    np.testing.assert_array_equal(found.measured.y, arrays["t10k-labels-idx1-ubyte"])
+    assert "60 to train on, 12 for test" in found.about
+
+
+def test_validation_never_looks_at_the_test(tmp_path):
+    folder, arrays = write_mnist(tmp_path)
+    found = images.load(folder, test=False)
+    assert (len(found.train.y), len(found.measured.y)) == (55, 5)
+    light = arrays["train-images-idx3-ubyte"].reshape(60, 20) / 255
+    np.testing.assert_allclose(np.concatenate([found.train.x, found.measured.x]), light, rtol=1e-6)
+
+
+IDX_MISTAKES = {
+    "gone": (
+        {"t10k_labels_idx1": None},
+        "has no t10k-labels-idx1-ubyte or t10k-labels-idx1-ubyte.gz",
+    ),
+    "text": ({"train_labels_idx1": b"hello world"}, "is no IDX file of bytes: it begins with 6865"),
+    "short": (
+        {"train_labels_idx1": idx(np.zeros(60))[:-3]},
+        "says that it holds 60 bytes and holds 57: download it again",
+    ),
+    "count": (
+        {"train_labels_idx1": idx(np.zeros(59))},
+        r"shape \(60, 4, 5\) and its labels \(59,\)",
+    ),
+    "label": ({"t10k_labels_idx1": idx(np.full(12, 11))}, "is 11: expected 0-9"),
+    "size": ({"t10k_images_idx3": idx(np.zeros((12, 4, 4)))}, "they belong to different data"),
+}
+
+
+@pytest.mark.parametrize("name", IDX_MISTAKES)
+def test_a_wrong_file_is_named(tmp_path, name):
+    changes, message = IDX_MISTAKES[name]
+    folder, _ = write_mnist(tmp_path, **changes)
+    with pytest.raises(Mistake, match=message):
+        images.load(folder, test=True)
+
+
+def test_a_broken_archive_is_named(tmp_path):
+    folder, _ = write_mnist(tmp_path, compress=True)
+    path = folder / "train-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(Mistake, match=r"train-images-idx3-ubyte.gz cannot be read .*: download it"):
+        images.load(folder, test=True)
+
+
+# -------------------------------------------------------------------------------------- the costs
+
+
+def products(n=4):
+    """2 n k m of each layer."""
+    return [2 * n * k * m for k, m in SIZES]
+
+
+def norms(*counts):
+    return 2 * sum(counts)
+
+
+def test_what_a_step_costs():
+    n, (a, b, c) = 4, products()
+    dense = 2 * a + 3 * b + 3 * c  # the images need no gradient
+    half = {"fraction": 0.5, "sampler": "systematic"}
+
+    def cost(**method):
+        return net.flops(Method(**method), SIZES, n)
+
+    assert cost() == cost(kind="input noise", strength=0.1) == dense
+    scores = norms(n * 20, 20 * 12, n * 12, 12 * 8)
+    assert cost(kind="forward", **half) == 2 * a / 2 + 3 * b / 2 + 3 * c + scores
+    assert cost(kind="forward", fraction=0.5, sampler="uniform") == a + 1.5 * b + 3 * c
+    scores = norms(n * 20, n * 12, n * 12, n * 8, n * 8, 12 * 8)
+    assert cost(kind="backward", **half) == 1.5 * a + 2 * b + 3 * c + scores
+    assert cost(kind="weight", **half) == 1.5 * a + 2.5 * b + 3 * c + norms(n * 20, n * 12)
+    for kind in net.MEPROP:
+        assert cost(kind=kind, fraction=0.5) == 1.5 * a + 2 * b + 3 * c + n * 12 + n * 8
+    down = 2 * n * 10 * 12 + 2 * n * 10 * 8
+    assert cost(kind="direct feedback") == 2 * (a + b + c) + down
+
+
+def test_the_cost_counts_what_is_taken_and_not_what_was_asked_for():
+    # 20 features are 5 groups of 4, and 12 are 3: a fraction of 0.3 takes 2 and 1 of them
+    method = Method(kind="forward", fraction=0.3, sampler="uniform", block=4)
+    a, b, c = products()
+    assert net.flops(method, SIZES, 4) == pytest.approx(2 * a * 2 / 5 + 3 * b / 3 + 3 * c)
+
+
+def config(*flags):
+    return mlp.cli.parse(mlp.Config, [*TINY, *flags], command="it").settled()
+
+
+def test_equal_work_is_equal_but_for_one_step():
+    c = config("--width", "64", "--epochs", "10")
+    found = mlp.cases(c, "flops", 20, 50)
+    spent = [case.steps * mlp.flops(c, case.method, 64, 20) for case in found]
+    budget = 500 * mlp.flops(c, mlp.sampled(c, "forward", 0.5), 64, 20)
+    for case, total in zip(found, spent, strict=True):
+        assert abs(total - budget) <= total / case.steps / 2 * 1.001
+    kinds = {case.method.kind for case in found}
+    assert kinds == {"dense", *net.POLICIES, *net.MEPROP}
+    assert found[0].steps < 500  # dense
+
+
+def test_every_part_begins_with_what_it_is_compared_with():
+    c = config("--widths", "8", "16")
+    for part in mlp.PARTS:
+        found = mlp.cases(c, part, 20, 5)
+        dense = {case.width for case in found if case.method == Method()}
+        assert dense == {case.width for case in found}
+    crossed = mlp.cases(c, "samplers", 20, 5) + mlp.cases(c, "cross", 20, 5)
+    pairs = {(case.method.kind, case.method.sampler) for case in crossed}
+    assert pairs == {(p, s) for p in net.POLICIES for s in net.SAMPLERS} | {("dense", "")}
+
+
+# ------------------------------------------------------------------------------------ the networks
+
+
+@pytest.fixture(scope="module")
+def network():
+    """Parameters, images, labels and feedback of SIZES."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, y = jax.random.normal(keys[0], (6, 20)), jnp.arange(6)
+    feedback = net.baselines.feedback_matrices(keys[2], 10, [12, 8])
+    return net.initial(keys[1], SIZES), feedback, x, y
+
+
+EXACT = [
+    Method(),
+    *(Method(kind=kind, fraction=1.0) for kind in net.MEPROP),
+    *(Method(kind=kind) for kind in ("input noise", "weight noise")),
+    *(Method(kind=policy, sampler="systematic") for policy in net.POLICIES),
+]
+
+
+@pytest.mark.parametrize("method", EXACT, ids=lambda method: method.kind)
+def test_without_sampling_or_noise_all_methods_are_one(network, method):
+    """Fraction 1 and deviation 0: plain backpropagation, here written as a loop."""
+    parameters, feedback, x, y = network
+
+    def loss(parameters):
+        h = x
+        for i, (w, b) in enumerate(parameters):
+            h = h @ w + b[None]
+            h = jnp.maximum(h, 0) if i < 2 else h
+        return -jax.nn.log_softmax(h)[jnp.arange(6), y].mean()
+
+    wanted = jax.value_and_grad(loss)(parameters)
+    found = net.loss_and_gradient(method, parameters, feedback, jax.random.key(0), x, y)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_layers_draw_samples_of_their_own_and_the_classifier_none(network):
+    _, feedback, x, y = network
+    square = [(jnp.ones((20, 20)), jnp.zeros(20))] * 2 + [(jnp.ones((20, 10)), jnp.zeros(10))]
+    method = Method(kind="forward", fraction=0.5, sampler="uniform")
+    x = jnp.abs(x)
+    _, gradient = net.loss_and_gradient(method, square, feedback, jax.random.key(0), x, y)
+    first, second, last = (np.asarray(w != 0).any(1) for w, _ in gradient)
+    assert first.sum() == second.sum() == 10
+    assert (first != second).any()
+    assert last.all()
+
+
+# ----------------------------------------------------------------------------- from end to end
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    """A run that Ctrl-C ends after its first case, the one that goes on, and one with nothing left
+    to do."""
+    folder = tmp_path_factory.mktemp("mlp")
+    data, _ = write_mnist(folder)
+    out, compiled = folder / "out", []
+    few = shlex.split("--fractions 0.5 --widths 8 --parts goal widths flops")
+    flags = [*TINY, *few, "--data", str(data), "--out", str(out)]
+    compile_training, add = net.compile_training, _runs.Runs.add
+
+    def counting(method, *others):
+        compiled.append(method)
+        return compile_training(method, *others)
+
+    def interrupting(self, settings, result, where):
+        add(self, settings, result, where)
+        if settings["seed"] == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(net, "compile_training", counting)
+        patch.setattr(mlp.os, "cpu_count", lambda: 1)
+        with contextlib.redirect_stdout(io.StringIO()) as stopped, patch.context() as inner:
+            inner.setattr(_runs.Runs, "add", interrupting)
+            interrupted = mlp.main(flags)
+        lines = (out / "mlp.jsonl").read_text().splitlines()
+        compiled.clear()
+        again = re.search(r"models\.mlp (.*)", stopped.getvalue())
+        assert again
+        with contextlib.redirect_stdout(io.StringIO()) as began:
+            ended = mlp.main(shlex.split(again[1]))
+        once = list(compiled)
+        with contextlib.redirect_stdout(io.StringIO()) as repeated:
+            mlp.main([*flags, "--resume"])
+    return types.SimpleNamespace(
+        out=out,
+        flags=flags,
+        interrupted=interrupted,
+        first=lines,
+        ended=ended,
+        printed=began.getvalue(),
+        compiled=once,
+        compiled_again=compiled[len(once) :],
+        repeated=repeated.getvalue(),
+    )
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_ctrl_c_keeps_what_is_there_and_resume_goes_on(story):
+    assert story.interrupted == INTERRUPTED
+    assert len(story.first) == 2  # two seeds of the dense networks
+    assert story.ended == 0
+    assert (story.out / "mlp.jsonl").read_text().splitlines()[:2] == story.first
+    assert len({json.dumps(one["settings"]) for one in records(story.out / "mlp.jsonl")}) == len(
+        records(story.out / "mlp.jsonl")
+    )
+    assert "1 of 7 kinds of networks are there already" in story.printed
+    assert "7 of 7 kinds of networks are there already" in story.repeated
+    assert not story.compiled_again
+
+
+def test_each_program_compiles_once_whatever_its_steps(story):
+    assert len(story.compiled) == len(set(story.compiled))
+
+
+def test_a_line_says_what_was_run_and_where(story):
+    for one in records(story.out / "mlp.jsonl"):
+        assert {"kind", "fraction", "sampler", "width", "steps", "seed", "data"} <= set(
+            one["settings"]
+        )
+        assert 0 <= one["result"]["accuracy"] <= 1
+        assert one["result"]["flops"] > 0
+        where = one["where"]
+        assert {"commit", "jax", "device", "python"} <= set(where)
+        assert where["command"].split("-m ")[1].startswith("models.mlp --data")
+
+
+def test_only_a_sampled_forward_pass_is_measured_with_sampling(story):
+    for one in records(story.out / "mlp.jsonl"):
+        forward = one["settings"]["kind"] == "forward"
+        assert ("with sampling" in one["result"]) == forward
+
+
+def test_the_tables_the_numbers_and_the_picture(story):
+    for part in (
+        "Sampled products beside dense ones",
+        "Width",
+        "equal floating-point",
+    ):
+        assert part in story.printed
+    assert (story.out / "mlp.png").read_bytes().startswith(b"\x89PNG")
+    parts = json.loads((story.out / "mlp.json").read_text())["parts"]
+    assert list(parts) == ["goal", "widths", "flops"]
+    found = [
+        one for one in records(story.out / "mlp.jsonl") if one["settings"]["kind"] == "forward"
+    ]
+    row = next(row for row in parts["goal"] if row["kind"] == "forward")
+    own = [one["result"] for one in found if one["settings"]["steps"] == 10]
+    assert row["accuracy"] == pytest.approx(100 * np.mean([one["accuracy"] for one in own]))
+    assert row["with sampling"] == pytest.approx(
+        100 * np.mean([one["with sampling"] for one in own])
+    )
+    assert row["below dense"] == pytest.approx(parts["goal"][0]["accuracy"] - row["accuracy"])
+
+
+def test_another_flag_is_another_result(story):
+    settings = [one["settings"] for one in records(story.out / "mlp.jsonl")]
+    c = mlp.cli.parse(mlp.Config, story.flags, command="it").settled()
+    runs = _runs.Runs(story.out / "mlp.jsonl", resume=True)
+    assert all(runs.get(one) for one in settings)
+    case = mlp.cases(c, "goal", 20, 5)[0]
+    digest = settings[0]["data"]
+    assert runs.get(mlp.settings(c, case, digest, 0))
+    for change in ({"learning_rate": 0.5}, {"batch": 11}, {"measure": "test"}, {"layers": 3}):
+        other = dataclasses.replace(c, **change)
+        assert runs.get(mlp.settings(other, case, digest, 0)) is None
+    assert runs.get(mlp.settings(c, case, digest, 7)) is None
+
+
+def test_a_line_cut_short_is_run_again_and_others_are_refused(tmp_path):
+    path = tmp_path / "mlp.jsonl"
+    runs = _runs.Runs(path, resume=True)
+    runs.add({"seed": 0}, {"accuracy": 1.0}, {})
+    with path.open("a") as file:
+        file.write('{"settings": {"se')
+    again = _runs.Runs(path, resume=True)
+    assert again.get({"seed": 0}) == {"accuracy": 1.0}
+    again.add({"seed": 1}, {"accuracy": 0.5}, {})
+    assert _runs.Runs(path, resume=True).get({"seed": 1}) == {"accuracy": 0.5}
+    path.write_text("nonsense\n")
+    with pytest.raises(Mistake, match=r"line 1 of .*mlp.jsonl is no result: remove it, or start"):
+        _runs.Runs(path, resume=True)
+
+
+def test_a_new_start_puts_older_results_aside(tmp_path):
+    path = tmp_path / "mlp.jsonl"
+    _runs.Runs(path, resume=False).add({"seed": 0}, {"accuracy": 1.0}, {})
+    assert _runs.Runs(path, resume=False).get({"seed": 0}) is None
+    assert (tmp_path / "mlp-before.jsonl").exists()
+    assert not path.exists()
+
+
+def test_seeds_are_trained_together_as_they_are_alone(tmp_path):
+    """And enough to learn: one pixel tells the label."""
+    data, _ = write_mnist(tmp_path)
+    c = config("--data", str(data), "--epochs", "30", "--width", "32")
+    found = images.load(data, test=True)
+    case = mlp.cases(c, "goal", 20, 6)[0]
+    together, alone = (_runs.Runs(tmp_path / f"{n}.jsonl", resume=False) for n in (2, 1))
+    where = {}
+    assert mlp.train(c, [case], found, together, where)
+    second = dataclasses.replace(c, seeds=1, seed=1)
+    assert mlp.train(second, [case], found, alone, where)
+    results = [r.get(mlp.settings(c, case, found.digest, 1)) for r in (together, alone)]
+    assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-3)
+    assert results[0]["accuracy"] == results[1]["accuracy"] > 0.9
+
+
+def test_the_bundled_digits(tmp_path):
+    found = images.load(None, test=True)
+    assert found.train.x.shape == (1437, 64)
+    assert found.measured.x.shape == (360, 64)
+    assert (found.train.x.min(), found.train.x.max()) == (0, 1)
+    assert set(found.measured.y) == set(range(10))
+    flags = [*TINY, "--parts", "goal", "--epochs", "1", "--seeds", "1", "--out", str(tmp_path)]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert mlp.main(flags) == 0
+    assert (
+        "scikit-learn's digits, 8 x 8: 1,318 to train on, 119 for validation" in printed.getvalue()
+    )
+
+
+@pytest.mark.slow
+def test_every_part_runs_and_noise_learns(tmp_path):
+    data, _ = write_mnist(tmp_path)
+    flags = [*TINY, "--data", str(data), "--measure", "test", "--width", "32", "--epochs", "30"]
+    parts = ["--parts", *mlp.PARTS, "--fractions", "0.5", "--widths", "16", "32"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert mlp.main([*flags, *parts, "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "mlp.json").read_text())["parts"]
+    assert set(found) == set(mlp.PARTS)
+    accuracy = {row["name"]: row["accuracy"] for row in found["noise"]}
+    assert len(accuracy) == 6
+    assert all(value > 80 for value in accuracy.values()), accuracy
+
+
+MISTAKES = {
+    "data": ("--data nowhere", "nowhere does not exist: check the path given with --data"),
+    "folder": (
+        "--data .",
+        r"\. has no train-images-idx3-ubyte or train-images-idx3-ubyte.gz: give",
+    ),
+    "part": ("--parts goal nothing", "argument --parts: invalid choice: 'nothing'"),
+    "fractions": ("--fractions 0.5 1.5", r"--fractions must be above 0 and at most 1, got 1\.5"),
+    "batch": ("--batch 2000", "--batch 2000 is more than the 1,318 images: take fewer"),
+    "block": ("--block 3", "--block 3 must divide the 64 features of the images: take a divisor"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_that_says_what_to_do(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags, message = MISTAKES[name]
+    monkeypatch.setattr(net, "compile_training", None)  # so far it must not come
+    with pytest.raises(Mistake, match=message) as caught:
+        mlp.main([*TINY, *shlex.split(flags), "--out", str(tmp_path / "out")])
+    assert "\n" not in str(caught.value)
