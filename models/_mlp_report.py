@@ -35,7 +35,8 @@ def report(
     per_epoch: int,
     title: Callable[[Any], str],
 ) -> None:
-    """Prints a table for each part, and saves `mlp.json` and `mlp.png`.
+    """Prints a table for each part, and saves `mlp.json` and `mlp.png`: accuracies in percent, with
+    their deviation over seeds in brackets, and "sampled" with sampling left on.
 
     `results` are those of all seeds of a case, whose accuracies are shares; `of_part` lists the
     cases of each part, a dense one first.
@@ -91,9 +92,9 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
     return {
         "epochs": f"{row['epochs']:.1f}",
         "TFLOP": f"{row['flops'] / 1e12:.3g}",
-        "per step, dense = 1": f"{row['flops'] / row['flops of dense']:.3f}",
-        "accuracy % (deviation)": f"{row['accuracy']:.2f}{spread}",
-        "with sampling": sampled,
+        "step, dense 1": f"{row['flops'] / row['flops of dense']:.3f}",
+        "accuracy %": f"{row['accuracy']:.2f}{spread}",
+        "sampled": sampled,
         "below dense": f"{row['below dense']:.2f}",
     }
 
@@ -117,7 +118,8 @@ def draw(path: Path, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
 
 
 def _panel(ax: Any, heading: str, rows: Sequence[Mapping[str, Any]], name: str, x: str) -> None:
-    """One curve for each `name` over `x`, with the deviation of seeds; dense ones as a line."""
+    """A curve for each `name` over `x`, within the deviation of seeds; over fractions the dense one
+    is a line."""
     points: dict[str, list[tuple[float, float, float]]] = {}
     for row in sorted(rows, key=lambda row: row[x]):
         if row["kind"] == "dense" and x == "fraction":
@@ -133,9 +135,13 @@ def _panel(ax: Any, heading: str, rows: Sequence[Mapping[str, Any]], name: str, 
     named = {one: (at, value) for one, (at, value, _) in curves.items()}
     plot.curves(named, ax, heading, x=x, y="accuracy (%)")
     drawn = ax.get_lines()[-len(curves) :]
-    for line, (at, value, deviation) in zip(drawn, curves.values(), strict=True):
+    for i, (line, (at, value, deviation)) in enumerate(zip(drawn, curves.values(), strict=True)):
         line.set_marker("o")
+        if i >= len(plot.LINES):  # its color is taken
+            line.set_linestyle("dashed")
         low, high = (np.array(value) + sign * np.array(deviation) for sign in (-1, 1))
         ax.fill_between(at, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
     if x == "width":
+        widths = sorted({row["width"] for row in rows})
         ax.set_xscale("log", base=2)
+        ax.set_xticks(widths, map(str, widths))

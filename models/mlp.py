@@ -34,9 +34,22 @@ from models._train import CtrlC, Progress, finite, output_folder
 
 ABOUT = "Trains MLPs on digits with sampled matrix products, and compares them at equal work."
 OUT = Path(__file__).parent.parent / "out"
+DEFAULT_SAMPLER = "systematic"
 PARTS = ("goal", "widths", "policies", "flops", "samplers", "cross", "noise")
-DIGITS = {"width": 256, "widths": (64, 128, 256), "epochs": 20, "batch": 64}
-MNIST = {"width": 2048, "widths": (512, 1024, 2048, 4096), "epochs": 20, "batch": 128}
+DIGITS = {
+    "width": 256,
+    "widths": (128, 256),
+    "fractions": (0.3, 0.5),
+    "epochs": 20,
+    "batch": 64,
+}
+MNIST = {
+    "width": 2048,
+    "widths": (512, 1024, 2048, 4096),
+    "fractions": (0.1, 0.3, 0.5),
+    "epochs": 20,
+    "batch": 128,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,11 +69,13 @@ class Config:
     parts: tuple[str, ...] = option(PARTS[:5] + PARTS[6:], "what to compare", choices=PARTS)
     width: int = option(0, "features of a hidden layer; 0: 256, with --data 2048", least=0)
     widths: tuple[int, ...] = option(
-        (), "for the part widths (default: 64 128 256, with --data 512 1024 2048 4096)", least=1
+        (), "of the part widths (default: 128 256, with --data 512 1024 2048 4096)", least=1
     )
     layers: int = option(2, "hidden layers", least=1)
     fraction: float = option(0.3, "of the parts goal, widths and noise", above=0, most=1)
-    fractions: tuple[float, ...] = option((0.1, 0.3, 0.5), "of the other parts", above=0, most=1)
+    fractions: tuple[float, ...] = option(
+        (), "of the other parts (default: 0.3 0.5, with --data 0.1 0.3 0.5)", above=0, most=1
+    )
     samplers: tuple[str, ...] = option(net.SAMPLERS, "compared", choices=net.SAMPLERS)
     block: int = option(1, "neighbours that are sampled together", least=1)
     epochs: int = option(0, "passes over the data; 0: 20", least=0)
@@ -99,7 +114,7 @@ class Case:
 # ------------------------------------------------------------------------------------- the cases
 
 
-def sampled(config: Config, policy: str, fraction: float, sampler: str = "systematic") -> Method:
+def sampled(config: Config, policy: str, fraction: float, sampler: str = DEFAULT_SAMPLER) -> Method:
     """A policy of `bsjax.sampled_matmul`."""
     return Method(kind=policy, fraction=fraction, sampler=sampler, block=config.block)
 
@@ -246,8 +261,10 @@ def flops(config: Config, method: Method, width: int, inputs: int) -> float:
 
 def title(method: Method) -> str:
     """A method in words."""
-    name = method.kind + (f", {method.sampler}" if method.sampler else "")
-    return name + (f" at {method.fraction:g}" if method.fraction < 1 else "")
+    name = method.kind
+    if method.sampler not in ("", DEFAULT_SAMPLER):
+        name += f", {method.sampler}"
+    return name + (f" {method.fraction:g}" if method.fraction < 1 else "")
 
 
 def main(argv: list[str] | None = None) -> int:

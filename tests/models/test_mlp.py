@@ -1,18 +1,15 @@
-"""The digits recipe: its data, what methods cost, what they train, and a run from end to end."""
+"""The digits recipe: what it compares, and a run from Ctrl-C to the picture."""
 
 import contextlib
 import dataclasses
-import gzip
 import io
 import json
 import re
 import shlex
 import signal
-import struct
 import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -21,11 +18,11 @@ from models import _mlp as net
 from models import _runs, mlp
 from models._cli import INTERRUPTED, Mistake
 from models._mlp import Method
+from tests.models.idx import write_mnist
 
 TINY = shlex.split(
     "--width 8 --layers 1 --epochs 2 --batch 10 --seeds 2 --learning_rate 0.01 --fraction 0.5"
 )
-SIZES = [(20, 12), (12, 8), (8, 10)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,126 +34,7 @@ def promotion():
     jax.config.update("jax_numpy_dtype_promotion", before)
 
 
-# -------------------------------------------------------------------------------------- the data
-
-
-def idx(array):
-    """The bytes of an IDX file."""
-    header = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
-    return header + array.astype(np.uint8).tobytes()
-
-
-def write_mnist(folder, compress=False, **changes):
-    """Four files in the format of MNIST: 60 images of 4 x 5, and 12 for the test."""
-    rng, folder = np.random.default_rng(0), folder / "idx"
-    folder.mkdir()
-    arrays = {}
-    for part, n in (("train", 60), ("t10k", 12)):
-        labels = np.arange(n) % 10
-        light = rng.integers(0, 100, (n, 4, 5))
-        light.reshape(n, 20)[np.arange(n), 2 * labels] = 255  # one pixel tells
-        arrays[f"{part}-images-idx3-ubyte"], arrays[f"{part}-labels-idx1-ubyte"] = light, labels
-    for name, array in arrays.items():
-        content = changes.get(name.split("-ubyte")[0].replace("-", "_"), idx(array))
-        if content is not None:
-            suffix = ".gz" if compress else ""
-            content = gzip.compress(content) if compress else content
-            (folder / (name + suffix)).write_bytes(content)
-    return folder, arrays
-
-
-@pytest.mark.parametrize("compress", [True, False])
-def test_idx_files_plain_or_compressed(tmp_path, compress):
-    folder, arrays = write_mnist(tmp_path, compress)
-    found = images.load(folder, test=True)
-    light = arrays["train-images-idx3-ubyte"].reshape(60, 20) / 255
-    np.testing.assert_allclose(found.train.x, light, rtol=1e-6)
-    np.testing.assert_array_equal(found.train.y, arrays["train-labels-idx1-ubyte"])
-    np.testing.assert_array_equal(found.measured.y, arrays["t10k-labels-idx1-ubyte"])
-    assert "60 to train on, 12 for test" in found.about
-
-
-def test_validation_never_looks_at_the_test(tmp_path):
-    folder, arrays = write_mnist(tmp_path)
-    found = images.load(folder, test=False)
-    assert (len(found.train.y), len(found.measured.y)) == (55, 5)
-    light = arrays["train-images-idx3-ubyte"].reshape(60, 20) / 255
-    np.testing.assert_allclose(np.concatenate([found.train.x, found.measured.x]), light, rtol=1e-6)
-
-
-IDX_MISTAKES = {
-    "gone": (
-        {"t10k_labels_idx1": None},
-        "has no t10k-labels-idx1-ubyte or t10k-labels-idx1-ubyte.gz",
-    ),
-    "text": ({"train_labels_idx1": b"hello world"}, "is no IDX file of bytes: it begins with 6865"),
-    "short": (
-        {"train_labels_idx1": idx(np.zeros(60))[:-3]},
-        "says that it holds 60 bytes and holds 57: download it again",
-    ),
-    "count": (
-        {"train_labels_idx1": idx(np.zeros(59))},
-        r"shape \(60, 4, 5\) and its labels \(59,\)",
-    ),
-    "label": ({"t10k_labels_idx1": idx(np.full(12, 11))}, "is 11: expected 0-9"),
-    "size": ({"t10k_images_idx3": idx(np.zeros((12, 4, 4)))}, "they belong to different data"),
-}
-
-
-@pytest.mark.parametrize("name", IDX_MISTAKES)
-def test_a_wrong_file_is_named(tmp_path, name):
-    changes, message = IDX_MISTAKES[name]
-    folder, _ = write_mnist(tmp_path, **changes)
-    with pytest.raises(Mistake, match=message):
-        images.load(folder, test=True)
-
-
-def test_a_broken_archive_is_named(tmp_path):
-    folder, _ = write_mnist(tmp_path, compress=True)
-    path = folder / "train-images-idx3-ubyte.gz"
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(Mistake, match=r"train-images-idx3-ubyte.gz cannot be read .*: download it"):
-        images.load(folder, test=True)
-
-
-# -------------------------------------------------------------------------------------- the costs
-
-
-def products(n=4):
-    """2 n k m of each layer."""
-    return [2 * n * k * m for k, m in SIZES]
-
-
-def norms(*counts):
-    return 2 * sum(counts)
-
-
-def test_what_a_step_costs():
-    n, (a, b, c) = 4, products()
-    dense = 2 * a + 3 * b + 3 * c  # the images need no gradient
-    half = {"fraction": 0.5, "sampler": "systematic"}
-
-    def cost(**method):
-        return net.flops(Method(**method), SIZES, n)
-
-    assert cost() == cost(kind="input noise", strength=0.1) == dense
-    scores = norms(n * 20, 20 * 12, n * 12, 12 * 8)
-    assert cost(kind="forward", **half) == 2 * a / 2 + 3 * b / 2 + 3 * c + scores
-    assert cost(kind="forward", fraction=0.5, sampler="uniform") == a + 1.5 * b + 3 * c
-    scores = norms(n * 20, n * 12, n * 12, n * 8, n * 8, 12 * 8)
-    assert cost(kind="backward", **half) == 1.5 * a + 2 * b + 3 * c + scores
-    assert cost(kind="weight", **half) == 1.5 * a + 2.5 * b + 3 * c + norms(n * 20, n * 12)
-    for kind in net.MEPROP:
-        assert cost(kind=kind, fraction=0.5) == 1.5 * a + 2 * b + 3 * c + n * 12 + n * 8
-    down = 2 * n * 10 * 12 + 2 * n * 10 * 8
-    assert cost(kind="direct feedback") == 2 * (a + b + c) + down
-
-
-def test_the_cost_counts_what_is_taken_and_not_what_was_asked_for():
-    # 20 features are 5 groups of 4, and 12 are 3: a fraction of 0.3 takes 2 and 1 of them
-    method = Method(kind="forward", fraction=0.3, sampler="uniform", block=4)
-    a, b, c = products()
-    assert net.flops(method, SIZES, 4) == pytest.approx(2 * a * 2 / 5 + 3 * b / 3 + 3 * c)
+# -------------------------------------------------------------------------------------- the cases
 
 
 def config(*flags):
@@ -184,56 +62,6 @@ def test_every_part_begins_with_what_it_is_compared_with():
     crossed = mlp.cases(c, "samplers", 20, 5) + mlp.cases(c, "cross", 20, 5)
     pairs = {(case.method.kind, case.method.sampler) for case in crossed}
     assert pairs == {(p, s) for p in net.POLICIES for s in net.SAMPLERS} | {("dense", "")}
-
-
-# ------------------------------------------------------------------------------------ the networks
-
-
-@pytest.fixture(scope="module")
-def network():
-    """Parameters, images, labels and feedback of SIZES."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    x, y = jax.random.normal(keys[0], (6, 20)), jnp.arange(6)
-    feedback = net.baselines.feedback_matrices(keys[2], 10, [12, 8])
-    return net.initial(keys[1], SIZES), feedback, x, y
-
-
-EXACT = [
-    Method(),
-    *(Method(kind=kind, fraction=1.0) for kind in net.MEPROP),
-    *(Method(kind=kind) for kind in ("input noise", "weight noise")),
-    *(Method(kind=policy, sampler="systematic") for policy in net.POLICIES),
-]
-
-
-@pytest.mark.parametrize("method", EXACT, ids=lambda method: method.kind)
-def test_without_sampling_or_noise_all_methods_are_one(network, method):
-    """Fraction 1 and deviation 0: plain backpropagation, here written as a loop."""
-    parameters, feedback, x, y = network
-
-    def loss(parameters):
-        h = x
-        for i, (w, b) in enumerate(parameters):
-            h = h @ w + b[None]
-            h = jnp.maximum(h, 0) if i < 2 else h
-        return -jax.nn.log_softmax(h)[jnp.arange(6), y].mean()
-
-    wanted = jax.value_and_grad(loss)(parameters)
-    found = net.loss_and_gradient(method, parameters, feedback, jax.random.key(0), x, y)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
-
-
-def test_layers_draw_samples_of_their_own_and_the_classifier_none(network):
-    _, feedback, x, y = network
-    square = [(jnp.ones((20, 20)), jnp.zeros(20))] * 2 + [(jnp.ones((20, 10)), jnp.zeros(10))]
-    method = Method(kind="forward", fraction=0.5, sampler="uniform")
-    x = jnp.abs(x)
-    _, gradient = net.loss_and_gradient(method, square, feedback, jax.random.key(0), x, y)
-    first, second, last = (np.asarray(w != 0).any(1) for w, _ in gradient)
-    assert first.sum() == second.sum() == 10
-    assert (first != second).any()
-    assert last.all()
 
 
 # ----------------------------------------------------------------------------- from end to end
@@ -360,29 +188,6 @@ def test_another_flag_is_another_result(story):
         other = dataclasses.replace(c, **change)
         assert runs.get(mlp.settings(other, case, digest, 0)) is None
     assert runs.get(mlp.settings(c, case, digest, 7)) is None
-
-
-def test_a_line_cut_short_is_run_again_and_others_are_refused(tmp_path):
-    path = tmp_path / "mlp.jsonl"
-    runs = _runs.Runs(path, resume=True)
-    runs.add({"seed": 0}, {"accuracy": 1.0}, {})
-    with path.open("a") as file:
-        file.write('{"settings": {"se')
-    again = _runs.Runs(path, resume=True)
-    assert again.get({"seed": 0}) == {"accuracy": 1.0}
-    again.add({"seed": 1}, {"accuracy": 0.5}, {})
-    assert _runs.Runs(path, resume=True).get({"seed": 1}) == {"accuracy": 0.5}
-    path.write_text("nonsense\n")
-    with pytest.raises(Mistake, match=r"line 1 of .*mlp.jsonl is no result: remove it, or start"):
-        _runs.Runs(path, resume=True)
-
-
-def test_a_new_start_puts_older_results_aside(tmp_path):
-    path = tmp_path / "mlp.jsonl"
-    _runs.Runs(path, resume=False).add({"seed": 0}, {"accuracy": 1.0}, {})
-    assert _runs.Runs(path, resume=False).get({"seed": 0}) is None
-    assert (tmp_path / "mlp-before.jsonl").exists()
-    assert not path.exists()
 
 
 def test_seeds_are_trained_together_as_they_are_alone(tmp_path):
