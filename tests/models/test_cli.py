@@ -29,7 +29,7 @@ class Config:
     kind: str = option("a", "which", choices=("a", "b"))
     shares: tuple[float, ...] = option((0.5, 1.0), "several", above=0, most=1)
     kinds: tuple[str, ...] = option(("a",), "several", choices=("a", "b"))
-    folder: Path | None = option(None, "maybe one")
+    folder: Path | None = option(None, "maybe one")  # noqa: RUF009
 
 
 def read(*argv):
