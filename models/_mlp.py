@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -204,20 +204,39 @@ def _initial(sizes: Any, keys: jax.Array) -> Parameters:
     return jax.vmap(lambda key: initial(key, sizes))(keys)
 
 
-def compile_training(
-    method: Method, training: Training, width: int, keys: jax.Array, data: Sequence[jax.Array]
-) -> Callable[..., Any]:
-    """`(state, keys, x, y, first, last, of) -> state, mean loss[seed]` of steps `first` to `last`.
+class Programs(NamedTuple):
+    """Compiled for all seeds at once.
 
-    They must lie within one epoch. `of` is how many steps there will be. The old state is gone.
+    train: `(state, keys, x, y, first, last, of) -> state, mean loss[seed]` of the steps `first` to
+      `last`, which lie within one epoch, `of` so many there will be. The old state is gone.
+    left_on: `(parameters, keys, x, y) -> share[seed]` of right answers with sampling left on; None
+      where the forward pass is exact.
     """
+
+    train: Callable[..., Any]
+    left_on: Callable[..., Any] | None
+
+
+def compile_programs(
+    method: Method,
+    training: Training,
+    width: int,
+    keys: jax.Array,
+    data: Sequence[jax.Array],
+    held: Sequence[jax.Array],
+) -> Programs:
+    """What trains with a method, for images and labels of the shapes of `data` and `held`."""
     sizes = training.sizes(data[0].shape[1], width)
     state = jax.eval_shape(lambda keys: start(method, training, keys, sizes), keys)
     axes = (0, 0, None, None, None, None, None)
     run = jax.jit(jax.vmap(functools.partial(_train, method, training), axes), donate_argnums=0)
     step = jax.ShapeDtypeStruct((), jnp.int32)
     with jax.default_matmul_precision("highest"):  # as sampled products are
-        return run.lower(state, keys, *data, step, step, step).compile()
+        train = run.lower(state, keys, *data, step, step, step).compile()
+        if method.kind != "forward":
+            return Programs(train, None)
+        left_on = share_right.lower(method, training.batch, state[0], keys, *held)
+        return Programs(train, left_on.compile())
 
 
 def _train(

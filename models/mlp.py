@@ -30,7 +30,7 @@ from models._cli import Mistake, option
 from models._mlp import Method
 from models._mlp_report import report
 from models._runs import Runs, in_advance, whereabouts
-from models._train import CtrlC, Progress, finite, output_folder
+from models._train import CtrlC, Progress, output_folder
 
 ABOUT = "Trains MLPs on digits with sampled matrix products, and compares them at equal work."
 OUT = Path(__file__).parent.parent / "out"
@@ -203,28 +203,34 @@ def train(config: Config, wanted: list[Case], data: images.Images, runs: Runs, w
     keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
     learn, held = ([jnp.asarray(a) for a in split] for split in (data.train, data.measured))
     compiling = (
-        functools.partial(net.compile_training, *what, keys, learn)
+        functools.partial(net.compile_programs, *what, keys, learn, held)
         for what in ((method, config.training(), width) for method, width in left)
     )
     progress = Progress(steps, tokens=config.batch * len(keys), unit="images")
-    workers, done = max(1, (os.cpu_count() or 1) // 2), 0
+    workers, done = min(8, os.cpu_count() or 1), 0
     with CtrlC() as stop, progress, in_advance(compiling, workers) as compiled:
-        for run, cases in zip(compiled, left.values(), strict=True):
+        for programs, cases in zip(compiled, left.values(), strict=True):
             for case in cases:
+                if stop.asked:
+                    return False
                 began = time.perf_counter()
-                for state in epochs(config, case, run, keys, learn):
+                for state in epochs(config, case, programs.train, keys, learn):
                     parameters, losses, step = state
                     name = f"{title(case.method)}, {case.width} wide"
-                    progress.update(done + step, f"{name}: loss {finite(name, losses.mean()):.4f}")
-                    if stop.asked and done + step < steps:
+                    progress.update(done + step, f"{name}: loss {losses.mean():.4f}")
+                    if stop.asked and step < case.steps:
                         return False
                 done += case.steps
                 seconds = time.perf_counter() - began
-                found = measure(config, case, parameters, keys, held)
+                with jax.default_matmul_precision("highest"):
+                    exact = net.share_right(Method(), config.batch, parameters, keys, *held)
+                found = {"accuracy": np.asarray(exact)}
+                if programs.left_on:
+                    found["with sampling"] = np.asarray(programs.left_on(parameters, keys, *held))
                 cost = case.steps * flops(config, case.method, case.width, learn[0].shape[1])
                 for i, seed in enumerate(seeds):
                     result = {name: float(shares[i]) for name, shares in found.items()}
-                    result |= {"loss": float(losses[i]), "flops": cost, "seconds of all": seconds}
+                    result |= {"loss": number(losses[i]), "flops": cost, "seconds of all": seconds}
                     runs.add(settings(config, case, data.digest, seed), result, where)
     return True
 
@@ -242,16 +248,9 @@ def epochs(
         yield state[0], np.asarray(losses), last
 
 
-def measure(
-    config: Config, case: Case, parameters: Any, keys: jax.Array, data: list[jax.Array]
-) -> dict[str, np.ndarray]:
-    """Accuracy of each seed, exact and, where the forward pass is sampled, sampled."""
-    with jax.default_matmul_precision("highest"):
-        share = functools.partial(net.share_right, parameters=parameters, keys=keys)
-        found = {"accuracy": share(Method(), config.batch, x=data[0], y=data[1])}
-        if case.method.kind == "forward":
-            found["with sampling"] = share(case.method, config.batch, x=data[0], y=data[1])
-    return {name: np.asarray(shares) for name, shares in found.items()}
+def number(value: np.ndarray) -> float | None:
+    """As JSON has it: None for the loss of a network that diverged, which ends no sweep."""
+    return float(value) if np.isfinite(value) else None
 
 
 def flops(config: Config, method: Method, width: int, inputs: int) -> float:

@@ -76,11 +76,11 @@ def story(tmp_path_factory):
     out, compiled = folder / "out", []
     few = shlex.split("--fractions 0.5 --widths 8 --parts goal widths flops")
     flags = [*TINY, *few, "--data", str(data), "--out", str(out)]
-    compile_training, add = net.compile_training, _runs.Runs.add
+    compile_programs, add = net.compile_programs, _runs.Runs.add
 
     def counting(method, *others):
         compiled.append(method)
-        return compile_training(method, *others)
+        return compile_programs(method, *others)
 
     def interrupting(self, settings, result, where):
         add(self, settings, result, where)
@@ -88,7 +88,7 @@ def story(tmp_path_factory):
             signal.raise_signal(signal.SIGINT)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(net, "compile_training", counting)
+        patch.setattr(net, "compile_programs", counting)
         patch.setattr(mlp.os, "cpu_count", lambda: 1)
         with contextlib.redirect_stdout(io.StringIO()) as stopped, patch.context() as inner:
             inner.setattr(_runs.Runs, "add", interrupting)
@@ -146,6 +146,18 @@ def test_a_line_says_what_was_run_and_where(story):
         where = one["where"]
         assert {"commit", "jax", "device", "python"} <= set(where)
         assert where["command"].split("-m ")[1].startswith("models.mlp --data")
+
+
+def test_a_network_that_diverges_is_a_result_and_ends_nothing(tmp_path):
+    data, _ = write_mnist(tmp_path)
+    flags = ["--data", str(data), "--optimizer", "momentum", "--learning_rate", "1e20"]
+    found, c = images.load(data, test=True), config(*flags, "--epochs", "3")
+    runs = _runs.Runs(tmp_path / "mlp.jsonl", resume=False)
+    case = mlp.cases(c, "goal", 20, 6)[0]
+    assert mlp.train(c, [case], found, runs, {})
+    result = runs.get(mlp.settings(c, case, found.digest, 0))
+    assert result["loss"] is None
+    assert result["accuracy"] < 0.5
 
 
 def test_only_a_sampled_forward_pass_is_measured_with_sampling(story):
@@ -251,7 +263,7 @@ MISTAKES = {
 def test_a_mistake_is_one_line_that_says_what_to_do(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags, message = MISTAKES[name]
-    monkeypatch.setattr(net, "compile_training", None)  # so far it must not come
+    monkeypatch.setattr(net, "compile_programs", None)  # so far it must not come
     with pytest.raises(Mistake, match=message) as caught:
         mlp.main([*TINY, *shlex.split(flags), "--out", str(tmp_path / "out")])
     assert "\n" not in str(caught.value)
