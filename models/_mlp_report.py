@@ -141,6 +141,7 @@ def _panel(ax: Any, heading: str, rows: Sequence[Mapping[str, Any]], name: str, 
             line.set_linestyle("dashed")
         low, high = (np.array(value) + sign * np.array(deviation) for sign in (-1, 1))
         ax.fill_between(at, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+    ax.legend(frameon=False, fontsize=9)  # again, with markers and dashes
     if x == "width":
         widths = sorted({row["width"] for row in rows})
         ax.set_xscale("log", base=2)
