@@ -15,7 +15,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_origin
 
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 
@@ -41,7 +41,9 @@ def parse[T](cls: type[T], argv: list[str] | None = None, *, command: str, about
     argv = sys.argv[1:] if argv is None else argv
     config = cls(**vars(parser.parse_args([_underscored(word) for word in argv])))
     for field in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
-        check(field.name, getattr(config, field.name), **field.metadata)
+        value = getattr(config, field.name)
+        for one in value if isinstance(value, tuple) else (value,):
+            check(field.name, one, **field.metadata)
     return config
 
 
@@ -117,7 +119,9 @@ class _Help(argparse.HelpFormatter):
         text = action.help or ""
         if all(action.default is not none for none in (None, (), False, argparse.SUPPRESS)):
             value = action.default
-            text += f" (default: {os.path.relpath(value) if action.type is Path else value})"
+            value = os.path.relpath(value) if action.type is Path else value
+            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            text += f" (default: {shown})"
         return text.replace("%", "%%")
 
 
@@ -136,9 +140,8 @@ def _reader(field: dataclasses.Field) -> dict[str, Any]:
     text = {"help": field.metadata["help"]}
     if field.type is bool:
         return text | {"action": argparse.BooleanOptionalAction}
-    if field.type == tuple[Path, ...]:
-        return text | {"type": Path, "nargs": "+", "action": _Tuple, "metavar": "PATH"}
-    kind: Any = field.type
+    kind: Any = (get_args(field.type) or (field.type,))[0]  # of `tuple[Path, ...]`, `Path | None`
+    text |= {"nargs": "+", "action": _Tuple} if get_origin(field.type) is tuple else {}
     return text | {
         "type": kind,
         "choices": field.metadata.get("choices"),

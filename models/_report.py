@@ -128,7 +128,7 @@ def save_curves(
     axes = plot.curves(losses, title=f"Training loss (mean of {smooth} steps)", y=y, smooth=smooth)
     for height, name in sorted((height, name) for name, height in lines.items()):
         axes.axhline(height, color=QUIET, linewidth=1, linestyle=(0, (4, 3)))
-        _label(axes, name, height)
+        label(axes, name, height)
     axes.set_ylim(0, 1.4 * max(*lines.values(), *(values[-1] for values in losses.values())))
     _save(path, axes.figure)
 
@@ -151,7 +151,7 @@ def save_speed(path: Path | str, title: str, speed: Mapping[float, Ratio]) -> No
     )
     axes.fill_between(densities, low, high, color=color, alpha=0.15, linewidth=0)
     axes.axhline(1, color=QUIET, linewidth=1, linestyle=(0, (4, 3)))
-    _label(axes, "dense", 1)
+    label(axes, "dense", 1)
     axes.plot([0, 1], [0, 1], color=QUIET, linewidth=1, linestyle=(0, (1, 2)), label="density")
     axes.legend(frameon=False, fontsize=9)
     axes.set(xlim=(0, 1.1 * max(densities)), ylim=(0, 1.1 * max(1, *high)))
@@ -170,7 +170,8 @@ def _cell(value: Any) -> str:
             return str(value)
 
 
-def _label(axes: Any, name: str, height: float) -> None:
+def label(axes: Any, name: str, height: float) -> None:
+    """Names a horizontal line, at its right end."""
     axes.annotate(
         name,
         (1, height),

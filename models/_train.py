@@ -54,8 +54,8 @@ class CtrlC:
 class Progress:
     """A bar with a note, tokens per second and the time left; where it cannot be redrawn, lines."""
 
-    def __init__(self, steps: int, *, start: int = 0, tokens: int) -> None:
-        self.out, self.steps, self.tokens = console(), steps, tokens
+    def __init__(self, steps: int, *, start: int = 0, tokens: int, unit: str = "tokens") -> None:
+        self.out, self.steps, self.tokens, self.unit = console(), steps, tokens, unit
         plain = not self.out.is_terminal
         columns = [
             bars.TextColumn("{task.description}"),
@@ -82,7 +82,7 @@ class Progress:
         done, seconds = step - self.first[0], now - self.first[1]
         if done:
             speed, left = done * self.tokens / seconds, (self.steps - step) * seconds / done
-            note += f", {speed:,.0f} tokens/s, {int(left) // 60}:{int(left) % 60:02d} left"
+            note += f", {speed:,.0f} {self.unit}/s, {int(left) // 60}:{int(left) % 60:02d} left"
         self.bar.update(self.task, completed=step, note=note)
         due = not done or step == self.steps or now - self.printed >= PLAIN_EVERY
         if due and not self.out.is_terminal:
