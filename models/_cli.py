@@ -15,7 +15,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_origin
 
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 
@@ -49,6 +49,9 @@ def check(name: str, value: Any, *, least=None, above=None, most=None, **_: Any)
     """Raises `Mistake` unless `value` is within the bounds given."""
     bounds = [f"at least {least}"] * (least is not None)
     bounds += [f"above {above}"] * (above is not None) + [f"at most {most}"] * (most is not None)
+    if isinstance(value, tuple):
+        for one in value:
+            check(name, one, least=least, above=above, most=most)
     if not isinstance(value, int | float):
         return
     fits = math.isfinite(value) and (least is None or value >= least)
@@ -117,6 +120,8 @@ class _Help(argparse.HelpFormatter):
         text = action.help or ""
         if all(action.default is not none for none in (None, (), False, argparse.SUPPRESS)):
             value = action.default
+            if isinstance(value, tuple):
+                value = " ".join(map(str, value))
             text += f" (default: {os.path.relpath(value) if action.type is Path else value})"
         return text.replace("%", "%%")
 
@@ -136,8 +141,9 @@ def _reader(field: dataclasses.Field) -> dict[str, Any]:
     text = {"help": field.metadata["help"]}
     if field.type is bool:
         return text | {"action": argparse.BooleanOptionalAction}
-    if field.type == tuple[Path, ...]:
-        return text | {"type": Path, "nargs": "+", "action": _Tuple, "metavar": "PATH"}
+    if get_origin(field.type) is tuple:
+        one: Any = get_args(field.type)[0]
+        return text | {"type": one, "nargs": "+", "action": _Tuple, "metavar": one.__name__.upper()}
     kind: Any = field.type
     return text | {
         "type": kind,

@@ -158,6 +158,26 @@ def save_speed(path: Path | str, title: str, speed: Mapping[float, Ratio]) -> No
     _save(path, axes.figure)
 
 
+def save_lines(
+    path: Path | str,
+    lines: Mapping[str, Sequence[tuple[float, Sequence[float]]]],
+    *,
+    title: str,
+    x: str,
+    y: str,
+) -> None:
+    """Lines through the means of `(x, values)`, with the values as dots; x is logarithmic."""
+    means = {
+        n: ([at for at, _ in line], [np.mean(v) for _, v in line]) for n, line in lines.items()
+    }
+    axes = plot.curves(means, title=title, x=x, y=y)
+    axes.set_xscale("log")
+    for drawn, line in zip(axes.get_lines(), lines.values(), strict=True):
+        for at, values in line:
+            axes.plot([at] * len(values), values, ".", color=drawn.get_color(), markersize=5)
+    _save(path, axes.figure)
+
+
 def _cell(value: Any) -> str:
     match value:
         case None:

@@ -133,9 +133,9 @@ def rotate(x: jax.Array) -> jax.Array:
     _, length, _, features = x.shape
     turns = 10_000.0 ** -(np.arange(0, features, 2) / features)
     angle = (np.arange(length)[:, None] * turns)[None, :, None].astype(np.float32)
-    a, b = jnp.split(x, 2, axis=-1)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
 
 
 @functools.cache  # two models of a size must be made of the same functions, or both compile
@@ -225,9 +225,15 @@ class Run(NamedTuple):
 def adam(peak: float, warmup: float, steps: int, decay: float) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019); its rate rises, then falls along a cosine."""
     rate = optax.warmup_cosine_decay_schedule(0, peak, round(warmup * steps), steps, peak / 50)
-    matrices = functools.partial(jax.tree.map, lambda parameter: parameter.ndim > 1)
+    matrices = functools.partial(jax.tree_util.tree_map_with_path, lambda at, _: is_matrix(at))
     adamw = optax.adamw(rate, b2=0.99, weight_decay=decay, mask=matrices)
     return optax.chain(optax.clip_by_global_norm(1.0), adamw)
+
+
+def is_matrix(path: Any) -> bool:
+    """Whether a parameter is neither a bias nor a gain. By name: stacked ones have more axes."""
+    names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+    return not {"bias", "scale"} & set(names)
 
 
 @nnx.jit(donate_argnames=("model", "optimizer"))

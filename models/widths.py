@@ -1,0 +1,361 @@
+"""A Transformer at several widths, dense and with sampled products: what a wider one is worth.
+
+    python -m models.widths --help
+
+Language models of bytes, those of `models.transformer`, at a fixed depth. Beside the dense model of
+each width stands one whose linear layers (all but the classifier) compute a sample of their outer
+products, forward and backward, while it is trained. Both take the same steps on the same text and
+are given the same learning rates to choose from; the choice is made on a part of the training text.
+Measured are bits per byte of held-out text, against the width and against the FLOPs that training
+spent, those of sampling included. After Jain 2020 (a talk), who varied the width at depth 6.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import bsjax.nnx
+from models import _cli as cli
+from models import _flops as flops
+from models import _records as records
+from models import _text as texts
+from models import transformer
+from models._cli import Mistake, option
+from models._language import bits, late_bits
+from models._train import CtrlC, output_folder
+from models._widths import show
+
+ABOUT = "Trains dense and sampled language models of several widths, and compares their losses."
+# "bernoulli" computes the whole product, and nothing would be saved
+SAMPLERS = ("uniform", "with_replacement", "systematic", "priority", "top_k", "wta")
+SPLIT = 0.05  # the share of the training text, its end, on which learning rates are chosen
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What a run depends on. Every field is a flag."""
+
+    data: tuple[Path, ...] = option(
+        (), "files or folders to learn (plain, .gz, .xz); default: the Python standard library"
+    )
+    out: Path = option(transformer.OUT, "folder for results and pictures")  # noqa: RUF009
+    resume: bool = option(False, "train only what the results in --out lack")
+    widths: tuple[int, ...] = option((64, 96, 128), "features of the residual stream", least=1)
+    # above 0.9 sampling saves too little, and the whole product is computed instead
+    fractions: tuple[float, ...] = option(
+        (0.5,), "shares of the outer products that sampled models compute", above=0, most=0.9
+    )
+    learning_rates: tuple[float, ...] = option(
+        (0.003, 0.006, 0.012), "highest values to choose from", above=0
+    )
+    seeds: int = option(1, "runs of each, of seeds 0, 1, ...", least=1)
+    steps: int = option(100, "training steps of each run", least=1, same=True)
+    batch: int = option(4, "windows of text per step", least=1, same=True)
+    length: int = option(128, "bytes per window", least=8, same=True)
+    layers: int = option(6, "layers of every model", least=1, same=True)
+    head: int = option(32, "features of an attention head", least=2, same=True)
+    block: int = option(8, "neighbours that are sampled together", least=1, same=True)
+    sampler: str = option("systematic", "how to sample", choices=SAMPLERS, same=True)
+    dtype: str = option(
+        "float32", "to compute in; weights are float32", choices=("float32", "bfloat16"), same=True
+    )
+    warmup: float = option(
+        0.1, "share of the steps in which rates rise", least=0, most=1, same=True
+    )
+    weight_decay: float = option(0.1, "of all weights but biases and gains", least=0, same=True)
+    measured: int = option(16_384, "bytes of each text to measure on", least=1, same=True)
+    at_once: int = option(1, "runs trained together: GPUs want more, and need the memory", least=1)
+    compilers: int = option(1, "programs compiled at a time, while others run", least=1)
+    commit: str = option("", "what was checked out, where git cannot tell")
+
+
+# ------------------------------------------------------------------------------------ the programs
+
+
+class Kind(NamedTuple):
+    """A model: its width, and the share of outer products that it computes (None: dense)."""
+
+    width: int
+    fraction: float | None
+
+    @property
+    def name(self) -> str:
+        return "dense" if self.fraction is None else f"sampled {self.fraction:g}"
+
+
+class Run(NamedTuple):
+    """One training run of a kind."""
+
+    learning_rate: float
+    seed: int
+
+
+class Result(NamedTuple):
+    """Bits per byte: mean of the last tenth of the steps, and of texts that were not trained on,
+    computed exactly and with sampling left on."""
+
+    training: Any
+    validation: Any
+    heldout: Any
+    heldout_sampled: Any
+
+
+class Stack(nnx.Module):
+    """The blocks of a Transformer as one, parameters stacked, [layers, ...]: the program holds
+    a block once, and compiles in a fraction of the time."""
+
+    def __init__(self, make: Callable[[jax.Array], nnx.Module], keys: jax.Array):
+        graph = nnx.graphdef(nnx.eval_shape(make, keys[0]))
+        self.block = nnx.merge(graph, jax.vmap(lambda key: nnx.split(make(key))[1])(keys))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        graph, *states = nnx.split(self.block, nnx.Param, ...)
+
+        def one(x: jax.Array, states: Any) -> Any:
+            block = nnx.merge(graph, *states, copy=True)
+            return block(x), nnx.split(block, nnx.Param, ...)[2]
+
+        x, rest = jax.lax.scan(one, x, tuple(states))
+        nnx.update(self.block, rest)  # the counters of samples
+        return x
+
+
+def make(config: Config, kind: Kind, seed: Any) -> transformer.Transformer:
+    """The model, its weights drawn by the seed: the same for all kinds of a width."""
+    shape = transformer.Config(layers=config.layers, heads=kind.width // config.head)
+    size = transformer.Size(kind.width, 4 * kind.width, transformer.dense)
+
+    def block(key: jax.Array) -> nnx.Module:
+        rngs = nnx.Rngs(key, sampling=jax.random.fold_in(key, 1))
+        made = transformer.Block(shape, size, size.linear(shape, rngs), rngs)
+        if kind.fraction is not None:
+            how = {"sampler": config.sampler, "block": config.block, "policy": "forward"}
+            bsjax.nnx.sample_linears(made, fraction=kind.fraction, rngs=rngs, **how)
+        return made
+
+    ends, blocks = jax.random.split(jax.random.key(seed))
+    model = transformer.Transformer(dataclasses.replace(shape, layers=0), size, nnx.Rngs(ends))
+    model.blocks = nnx.List([Stack(block, jax.random.split(blocks, config.layers))])
+    return model
+
+
+def program(config: Config, kind: Kind) -> Callable[..., Result]:
+    """`(learning rate, seed, train[bytes], validation and heldout[batches, batch, length + 1])` to
+    the result of a run, all of it in one program."""
+    graph = nnx.graphdef(nnx.eval_shape(lambda: make(config, kind, 0)))
+    # the update of AdamW is proportional to its rate, so the rate can be data
+    adam = transformer.adam(1.0, config.warmup, config.steps, config.weight_decay)
+
+    def whole(parameters: Any, rest: Any) -> Any:
+        # a copy: the counter of samples changes at a trace level other than that it came from
+        return nnx.merge(graph, computed_in(config.dtype, parameters), rest, copy=True)
+
+    def loss(parameters: Any, rest: Any, data: jax.Array) -> Any:
+        model = whole(parameters, rest)
+        return bits(model, data).mean(), nnx.split(model, nnx.Param, ...)[2]
+
+    def measure(parameters: Any, rest: Any, batches: jax.Array, exact: bool) -> jax.Array:
+        def one(rest: Any, data: jax.Array) -> Any:
+            model = whole(parameters, rest)
+            if exact:
+                model.eval()
+            value = late_bits(model, data)
+            model.train()
+            return nnx.split(model, nnx.Param, ...)[2], value
+
+        return jax.lax.scan(one, rest, batches)[1]
+
+    def run(rate: Any, seed: Any, train: Any, validation: Any, heldout: Any) -> Result:
+        tx = optax.chain(adam, optax.scale(rate))
+        _, parameters, rest = nnx.split(make(config, kind, seed), nnx.Param, ...)
+        batches = jax.random.fold_in(jax.random.key(seed), 2)
+
+        def step(carry: Any, i: jax.Array) -> Any:
+            parameters, rest, state = carry
+            key = jax.random.fold_in(batches, i)
+            starts = jax.random.randint(key, (config.batch, 1), 0, len(train) - config.length)
+            data = train[starts + jnp.arange(config.length + 1)[None]].astype(jnp.int32)
+            grad = jax.value_and_grad(loss, has_aux=True)
+            (value, rest), gradient = grad(parameters, rest, data)
+            updates, state = tx.update(gradient, state, parameters)
+            return (optax.apply_updates(parameters, updates), rest, state), value
+
+        carry = parameters, rest, tx.init(parameters)
+        (parameters, rest, _), losses = jax.lax.scan(step, carry, jnp.arange(config.steps))
+        both = measure(parameters, rest, jnp.concatenate([validation, heldout]), exact=True)
+        chosen_on, reported = jnp.split(both, [len(validation)])
+        left_on = reported
+        if kind.fraction is not None:
+            left_on = measure(parameters, rest, heldout, exact=False)
+        last = losses[-max(1, config.steps // 10) :]
+        return Result(*(bits.mean() for bits in (last, chosen_on, reported, left_on)))
+
+    return run
+
+
+def computed_in(dtype: str, parameters: Any) -> Any:
+    """The parameters as the model computes with them; the last norm and the head, where logits come
+    from, stay in float32."""
+    cast = functools.partial(jax.tree.map, lambda a: a.astype(dtype))
+    return nnx.State({**parameters, **{n: cast(parameters[n]) for n in ("embeddings", "blocks")}})
+
+
+def compiled(config: Config, kind: Kind, data: Sequence[jax.Array]) -> Callable[..., Result]:
+    """The program for `at_once` runs side by side."""
+    together = jax.vmap(program(config, kind), in_axes=(0, 0, None, None, None))
+    rates, seeds = (jax.ShapeDtypeStruct((config.at_once,), t) for t in (jnp.float32, jnp.int32))
+    return jax.jit(together).lower(rates, seeds, *data).compile()
+
+
+# -------------------------------------------------------------------------------------- the sweep
+
+
+def windows(config: Config, data: np.ndarray) -> jax.Array:
+    """Batches of windows spread over a text, [batches, batch, length + 1]: as large as those of
+    training, since a sample is drawn by the norms of a batch."""
+    count = math.ceil(2 * config.measured / (config.length * config.batch)) * config.batch
+    found = texts.spread(data, count, config.length)
+    if len(found) < config.batch:
+        raise Mistake(
+            f"{len(data)} bytes to measure on are too few for {config.batch} windows of "
+            f"{config.length + 1}: give more text with --data, or a smaller --length or --batch"
+        )
+    whole = found[: len(found) // config.batch * config.batch]
+    return jnp.asarray(whole.reshape(-1, config.batch, config.length + 1))
+
+
+def arrays(config: Config, text: texts.Text) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What is trained on, chosen on, and reported, on the device."""
+    cut = len(text.train) - max(config.length + 1, round(SPLIT * len(text.train)))
+    if cut < config.length + 1:
+        raise Mistake(
+            f"{len(text.train)} bytes of training text are fewer than two windows of "
+            f"{config.length + 1}: give more text with --data, or a smaller --length"
+        )
+    train, validation = text.train[:cut], text.train[cut:]
+    return jnp.asarray(train), windows(config, validation), windows(config, text.heldout)
+
+
+def kinds(config: Config) -> list[Kind]:
+    """What is trained: the narrow ones first, the dense model of each width first."""
+    return [Kind(w, f) for w in config.widths for f in (None, *config.fractions)]
+
+
+def missing(config: Config, known: Sequence[dict]) -> dict[Kind, list[Run]]:
+    """The runs of each kind that no record has."""
+    done = {(Kind(r["width"], r["fraction"]), Run(r["learning_rate"], r["seed"])) for r in known}
+    runs = list(
+        itertools.starmap(Run, itertools.product(config.learning_rates, range(config.seeds)))
+    )
+    left = {kind: [run for run in runs if (kind, run) not in done] for kind in kinds(config)}
+    return {kind: runs for kind, runs in left.items() if runs}
+
+
+def sweep(
+    config: Config, data: Sequence[jax.Array], left: dict[Kind, list[Run]]
+) -> Iterator[tuple[Kind, Run, dict[str, Any]]]:
+    """Trains what is left; the results of each run as they come."""
+    with concurrent.futures.ThreadPoolExecutor(config.compilers) as pool:
+        programs = {kind: pool.submit(compiled, config, kind, data) for kind in left}
+        try:
+            for kind, runs in left.items():
+                call = programs.pop(kind).result()
+                for some in itertools.batched(runs, config.at_once):
+                    yield from trained(config, kind, call, some, data)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def trained(config: Config, kind: Kind, call: Any, runs: Sequence[Run], data: Any) -> Iterator[Any]:
+    """The results of runs that one call trains together."""
+    start = time.perf_counter()
+    # too few runs are filled up with the last one, since the program takes `at_once`
+    full = [*runs, *[runs[-1]] * (config.at_once - len(runs))]
+    rates, seeds = zip(*full, strict=True)
+    result = call(jnp.asarray(rates, jnp.float32), jnp.asarray(seeds, jnp.int32), *data)
+    result = jax.tree.map(np.asarray, result)
+    seconds = (time.perf_counter() - start) / len(full)
+    for i, run in enumerate(runs):
+        values = {name: float(value[i]) for name, value in result._asdict().items()}
+        values = {name: v if math.isfinite(v) else None for name, v in values.items()}
+        yield kind, run, values | {"seconds": seconds}
+
+
+def parameters(config: Config, kind: Kind) -> int:
+    """The number of parameters: sampling adds none."""
+    model = nnx.eval_shape(lambda: make(config, kind, 0))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def spent(config: Config, kind: Kind) -> flops.Flops:
+    """FLOPs of one training step."""
+    shape = {"tokens": config.batch * config.length, "length": config.length}
+    shape |= {"layers": config.layers, "block": config.block}
+    return flops.training_step(**shape, **kind._asdict())
+
+
+def check(config: Config) -> None:
+    """Raises `Mistake` for flags that do not fit each other."""
+    cli.check_multiple("head", config.head, "the pairs of features that positions turn", 2)
+    for width in config.widths:
+        cli.check_multiple("widths", width, "--head", config.head)
+        cli.check_multiple("widths", width, "--block", config.block)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Trains, measures and reports; the exit code."""
+    config = cli.parse(Config, argv, command="python -m models.widths", about=ABOUT)
+    check(config)
+    folder = output_folder(config.out)
+    text = texts.load(config.data, config.length + 1)
+    print(text.about)
+    data = arrays(config, text)
+    path, about = folder / "widths.jsonl", {"settings": cli.fixed(config), "text": text.digest}
+    same = [r for r in records.read(path) if {n: r.get(n) for n in about} == about]
+    known = same if config.resume else []
+    left = missing(config, known)
+    total = sum(map(len, left.values()))
+    if config.resume:
+        print(f"{len(known)} runs with these settings are in {path}, {total} are left.")
+    command = cli.shell_command("models.widths", config)
+    about |= {"command": command, **records.environment(config.commit)}
+    with CtrlC() as stop:
+        for number, (kind, run, found) in enumerate(sweep(config, data, left), 1):
+            step = spent(config, kind)
+            costs = {"flops": config.steps * step.total, "flops_per_step": step._asdict()}
+            record = about | {"kind": kind.name, "parameters": parameters(config, kind)}
+            record |= kind._asdict() | run._asdict() | costs | found
+            records.append(path, record)
+            known.append(record)
+            print(
+                f"{number}/{total} width {kind.width} {kind.name}, rate {run.learning_rate:g}, "
+                f"seed {run.seed}: {found['validation'] or math.nan:.3f} bits/byte, "
+                f"{found['seconds']:.1f} s",
+                flush=True,
+            )
+            if stop.asked:
+                break
+    if stop.asked:
+        again = cli.shell_command("models.widths", dataclasses.replace(config, resume=True))
+        print(f"Stopped. Results are in {path}; go on with\n  {again}")
+        return cli.INTERRUPTED
+    tokens = config.batch * config.length
+    title = f"{config.layers} layers, {config.steps:,} steps of {tokens:,} bytes"
+    show(folder, title, known, text)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run_main(main)
