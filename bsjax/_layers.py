@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from bsjax import ops
-from bsjax.ops import _mlp
+from bsjax.ops import _mlp, _sampled
 from bsjax.ops._activations import ACTIVATIONS
 from bsjax.ops._fused import Form
 from bsjax.ops._mlp import Weights
@@ -63,22 +63,16 @@ def linear(
     """`activation(x @ S + bias) + residual` for features that blocks do not divide: zeros in,
     surplus columns out.
 
-    All are cast to `dtype`, or to the common dtype of x, values and bias, as Flax's own layers do.
+    All are cast to `dtype`, or to the common dtype of x, values and bias.
     """
-    x, values = jnp.asarray(x), jnp.asarray(values)
-    if dtype is None:
-        dtype = jnp.result_type(x, values, *([] if bias is None else [bias]))
-    x, values = x.astype(dtype), values.astype(dtype)
     in_features, out_features = features
-    if x.shape[-1:] != (in_features,):
-        raise ValueError(
-            f"{layer}: expected inputs of shape (..., {in_features}), got {tuple(x.shape)}."
-        )
+    x, values, bias = _cast(layer, dtype, in_features, x, values, bias)
+    dtype = x.dtype
     k, m = p.shape
     if x.shape[-1] < k:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, k - x.shape[-1])])
     if bias is not None:
-        bias = jnp.pad(jnp.asarray(bias, dtype), (0, m - out_features))
+        bias = jnp.pad(bias, (0, m - out_features))
     if residual is not None:
         residual = jnp.asarray(residual, dtype)
         if residual.shape != (*x.shape[:-1], out_features):
@@ -98,6 +92,49 @@ def linear(
         implementation=implementation,
     )
     return y[..., :out_features]
+
+
+def check_sampling(layer: str, shape: tuple[int, ...] | None, **options: Any) -> None:
+    """The static arguments of `sampled_matmul`, for weights of a shape where it is known."""
+    _sampled.checked(layer, **options)
+    if shape is not None and (reason := why_not_sampled(shape, **options)):
+        raise ValueError(f"{layer}: {reason}")
+
+
+def why_not_sampled(shape: tuple[int, ...], **options: Any) -> str | None:
+    """The reason why weights of a shape cannot be sampled so, or None if they can."""
+    return _sampled.undivided(shape, options["policy"], options["block"])
+
+
+def sampled_linear(
+    x: Any,
+    kernel: Float[Array | np.ndarray, "k m"],
+    bias: Float[Array | np.ndarray, " m"] | None,
+    key: Any,
+    *,
+    dtype: Any,
+    **options: Any,
+) -> Float[Array, "*n m"]:
+    """`x @ kernel + bias`, the product from a sample of its terms, or exact if `key` is None."""
+    check_sampling("SampledLinear", kernel.shape, **options)
+    x, kernel, bias = _cast("SampledLinear", dtype, kernel.shape[0], x, kernel, bias)
+    y = ops.sampled_matmul(x, kernel, key=key, **options)
+    return y if bias is None else y + jnp.expand_dims(bias, range(y.ndim - 1))
+
+
+def _cast(
+    layer: str, dtype: Any, in_features: int, x: Any, weights: Any, bias: Any
+) -> tuple[Array, Array, Array | None]:
+    """All in `dtype` or else in their common one, as Flax's own layers do; inputs that fit."""
+    x, weights = jnp.asarray(x), jnp.asarray(weights)
+    if dtype is None:
+        dtype = jnp.result_type(x, weights, *([] if bias is None else [bias]))
+    if x.shape[-1:] != (in_features,):
+        raise ValueError(
+            f"{layer}: expected inputs of shape (..., {in_features}), got {tuple(x.shape)}."
+        )
+    bias = None if bias is None else jnp.asarray(bias, dtype)
+    return x.astype(dtype), weights.astype(dtype), bias
 
 
 def down_pattern(layer: str, up: BlockPattern, down: Any, block: Any) -> BlockPattern:

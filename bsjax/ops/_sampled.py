@@ -66,26 +66,17 @@ def sampled_matmul(
             f"{OP}: `x` of shape {x.shape} cannot multiply `w` of shape {w.shape}: expected "
             f"(..., {w.shape[0]})."
         )
-    named("sampler", sampler, SAMPLERS)
-    named("policy", policy, POLICIES)
-    named("implementation", implementation, IMPLEMENTATIONS)
-    share = _share(fraction)
-    spec = Spec(
-        policy=policy,
+    options = checked(
+        OP,
+        fraction=fraction,
         sampler=sampler,
-        fraction=share,
-        block=size(OP, "block", block, least=1),
-        compact=_compact(implementation, sampler, share),
-        features=w.shape[0],
-        x_dtype=x.dtype,
-        w_dtype=w.dtype,
+        block=block,
+        policy=policy,
+        implementation=implementation,
     )
-    sampled = {"forward": w.shape[0], "backward": w.shape[1], "weight": 0}[policy]
-    if sampled % spec.block:
-        raise ValueError(
-            f'{OP}: `block` must divide the features that policy="{policy}" samples, {sampled} for '
-            f"`w` of shape {w.shape}, got {block}: take a divisor of them, or pad with zeros."
-        )
+    spec = Spec(**options, features=w.shape[0], x_dtype=x.dtype, w_dtype=w.dtype)
+    if reason := undivided(w.shape, policy, block):
+        raise ValueError(f"{OP}: {reason}")
     given = None if scores is None else _given(scores, x, policy)
     if key is None:
         x, w = _core.same_axes(x, w)
@@ -115,26 +106,54 @@ def sampled_matmul(
     return run(spec, x, w, weights)
 
 
-def named(name: str, got: Any, names: tuple[str, ...]) -> None:
+def checked(
+    op: str, *, fraction: Any, sampler: Any, block: Any, policy: Any, implementation: Any
+) -> dict[str, Any]:
+    """The static arguments of a sampled product, as `Spec` keeps them."""
+    named(op, "sampler", sampler, SAMPLERS)
+    named(op, "policy", policy, POLICIES)
+    named(op, "implementation", implementation, IMPLEMENTATIONS)
+    share = _share(op, fraction)
+    return {
+        "policy": policy,
+        "sampler": sampler,
+        "fraction": share,
+        "block": size(op, "block", block, least=1),
+        "compact": _compact(op, implementation, sampler, share),
+    }
+
+
+def undivided(shape: tuple[int, ...], policy: str, block: int) -> str | None:
+    """The reason why blocks cannot cut what a policy samples of weights, or None if they can."""
+    sampled = {"forward": shape[0], "backward": shape[1], "weight": 0}[policy]
+    if sampled % block == 0:
+        return None
+    return (
+        f'`block` must divide the features that policy="{policy}" samples, {sampled} for weights '
+        f"of shape {shape}, got {block}: take a divisor of them, or pad with zeros."
+    )
+
+
+def named(op: str, name: str, got: Any, names: tuple[str, ...]) -> None:
     """One of some names."""
     if got not in names:
         wanted = ", ".join(f'"{one}"' for one in names)
-        raise ValueError(f"{OP}: `{name}` must be one of {wanted}, got {got!r}.")
+        raise ValueError(f"{op}: `{name}` must be one of {wanted}, got {got!r}.")
 
 
-def _share(fraction: Any) -> float:
+def _share(op: str, fraction: Any) -> float:
     """What is computed of the whole: known when Python runs, since shapes depend on it."""
     if not isinstance(fraction, int | float | np.floating) or isinstance(fraction, bool):
         raise TypeError(
-            f"{OP}: `fraction` must be a number that is known when Python runs, since shapes "
+            f"{op}: `fraction` must be a number that is known when Python runs, since shapes "
             f"depend on it, got {fraction!r}: under jit make it a static argument."
         )
     if not 0 < fraction <= 1:
-        raise ValueError(f"{OP}: `fraction` must be over 0 and at most 1, got {fraction}.")
+        raise ValueError(f"{op}: `fraction` must be over 0 and at most 1, got {fraction}.")
     return float(fraction)
 
 
-def _compact(implementation: str, sampler: str, share: float) -> bool:
+def _compact(op: str, implementation: str, sampler: str, share: float) -> bool:
     """Whether what is sampled is copied, or the rest multiplied by zero."""
     fixed = sampler != "bernoulli"
     reason = None
@@ -144,7 +163,7 @@ def _compact(implementation: str, sampler: str, share: float) -> bool:
         reason = 'the size of a sample of "bernoulli" is random, and shapes are not'
     if reason:
         raise ValueError(
-            f'{OP}: implementation="{implementation}" cannot run here: {reason}. '
+            f'{op}: implementation="{implementation}" cannot run here: {reason}. '
             'Use implementation="auto", which takes the fastest that can.'
         )
     if implementation == "auto":

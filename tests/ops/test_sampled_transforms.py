@@ -219,13 +219,13 @@ WRONG = {
         lambda: call(block=5),
         ValueError,
         'sampled_matmul: `block` must divide the features that policy="forward" samples, 24 for '
-        "`w` of shape (24, 16), got 5: take a divisor of them, or pad with zeros.",
+        "weights of shape (24, 16), got 5: take a divisor of them, or pad with zeros.",
     ),
     "block of the output": (
         lambda: call(block=3, policy="backward"),
         ValueError,
         'sampled_matmul: `block` must divide the features that policy="backward" samples, 16 for '
-        "`w` of shape (24, 16), got 3: take a divisor of them, or pad with zeros.",
+        "weights of shape (24, 16), got 3: take a divisor of them, or pad with zeros.",
     ),
     "no block": (
         lambda: call(block=0),
