@@ -38,7 +38,7 @@ def show(folder: Path, title: str, records: Sequence[Mapping[str, Any]], text: t
     """Prints the table, saves the pictures."""
     found = points(records)
     rows = {
-        f"{width} wide, {name}": _row(point, found["dense"].get(width))
+        f"{width}, {name}": _row(point, found["dense"].get(width))
         for width in sorted({w for line in found.values() for w in line})
         for name, line in found.items()
         if (point := line.get(width))
@@ -47,7 +47,7 @@ def show(folder: Path, title: str, records: Sequence[Mapping[str, Any]], text: t
         print("Every run diverged: give lower --learning_rates")
         return
     rows["unigram"] = {"bits/byte": texts.unigram_bits(text.train, text.heldout)}
-    report.print_table(f"{title}; bits/byte on held-out text", rows)
+    report.print_table(f"{title}; held-out bits/byte, mean and half the range of seeds", rows)
     if any(point.edge for line in found.values() for point in line.values()):
         print("* the best of the learning rates is their smallest or largest: give more of them")
     lines = {
@@ -94,14 +94,14 @@ def _point(runs: Sequence[Mapping[str, Any]]) -> Point | None:
 
 
 def _row(point: Point, dense: Point | None) -> dict[str, Any]:
+    half = (max(point.heldout) - min(point.heldout)) / 2
     return {
         "parameters": point.parameters,
         "rate": f"{point.learning_rate:g}{'*' if point.edge else ''}",
-        "GFLOPs": point.flops / 1e9,
+        "TFLOPs": point.flops / 1e12,
         "of dense": point.flops / dense.flops if dense else None,
         "bits/byte": statistics.fmean(point.heldout),
-        "lowest to highest": f"{min(point.heldout):.3f} to {max(point.heldout):.3f}",
-        "sampling left on": statistics.fmean(point.heldout_sampled),
-        "seeds": len(point.heldout),
+        "+-": half if len(point.heldout) > 1 else None,
+        "sampling on": statistics.fmean(point.heldout_sampled),
         "s/run": point.seconds,
     }

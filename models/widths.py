@@ -214,7 +214,13 @@ def computed_in(dtype: str, parameters: Any) -> Any:
 
 def compiled(config: Config, kind: Kind, data: Sequence[jax.Array]) -> Callable[..., Result]:
     """The program for `at_once` runs side by side."""
-    together = jax.vmap(program(config, kind), in_axes=(0, 0, None, None, None))
+    run = program(config, kind)
+    # one alone runs faster, and compiles twice as fast, where there is no axis of runs
+    side = config.at_once if config.at_once > 1 else None
+
+    def together(rates: jax.Array, seeds: jax.Array, *data: jax.Array) -> Result:
+        return jax.lax.map(lambda of_run: run(*of_run, *data), (rates, seeds), batch_size=side)
+
     rates, seeds = (jax.ShapeDtypeStruct((config.at_once,), t) for t in (jnp.float32, jnp.int32))
     return jax.jit(together).lower(rates, seeds, *data).compile()
 
