@@ -20,6 +20,7 @@ from models._train import console
 
 matplotlib.use("Agg")  # pictures are saved, never shown
 from matplotlib import pyplot
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 DENSITIES = (0.0625, 0.125, 0.25, 0.5)
 QUIET = "#6b6b6b"  # lines to compare with
@@ -165,13 +166,18 @@ def save_lines(
     title: str,
     x: str,
     y: str,
+    ticks: Sequence[float] = (),
 ) -> None:
-    """Lines through the means of `(x, values)`, with the values as dots; x is logarithmic."""
+    """Lines through the means of `(x, values)`, with the values as dots; x is logarithmic, and
+    labelled at `ticks`, if given."""
     means = {
         n: ([at for at, _ in line], [np.mean(v) for _, v in line]) for n, line in lines.items()
     }
     axes = plot.curves(means, title=title, x=x, y=y)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if not ticks else FixedLocator(ticks))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
     for drawn, line in zip(axes.get_lines(), lines.values(), strict=True):
         for at, values in line:
             axes.plot([at] * len(values), values, ".", color=drawn.get_color(), markersize=5)

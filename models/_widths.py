@@ -37,9 +37,10 @@ def points(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, Point]]:
 def show(folder: Path, title: str, records: Sequence[Mapping[str, Any]], text: texts.Text) -> None:
     """Prints the table, saves the pictures."""
     found = points(records)
+    widths = sorted({width for line in found.values() for width in line})
     rows = {
         f"{width}, {name}": _row(point, found["dense"].get(width))
-        for width in sorted({w for line in found.values() for w in line})
+        for width in widths
         for name, line in found.items()
         if (point := line.get(width))
     }
@@ -62,7 +63,9 @@ def show(folder: Path, title: str, records: Sequence[Mapping[str, Any]], text: t
         name: [(p.flops, p.heldout) for p in line.values()] for name, line in found.items() if line
     }
     labels = {"title": title, "y": "bits per byte, held-out"}
-    report.save_lines(folder / "widths-loss.png", lines | left_on, x="width", **labels)
+    report.save_lines(
+        folder / "widths-loss.png", lines | left_on, x="width", ticks=widths, **labels
+    )
     x = "FLOPs spent on training, sampling included"
     report.save_lines(folder / "widths-flops.png", costs, x=x, **labels)
     print(f"The pictures are in {folder}")
@@ -84,12 +87,13 @@ def _point(runs: Sequence[Mapping[str, Any]]) -> Point | None:
     best = min(means, key=means.__getitem__)
     chosen = sorted(by_rate[best], key=lambda run: run["seed"])
     return Point(
-        best,
-        len(rates) > 1 and best in (rates[0], rates[-1]),
-        chosen[0]["flops"],
-        chosen[0]["parameters"],
-        *([run[name] for run in chosen] for name in ("heldout", "heldout_sampled")),
-        statistics.fmean(run["seconds"] for run in chosen),
+        learning_rate=best,
+        edge=len(rates) > 1 and best in (rates[0], rates[-1]),
+        flops=chosen[0]["flops"],
+        parameters=chosen[0]["parameters"],
+        heldout=[run["heldout"] for run in chosen],
+        heldout_sampled=[run["heldout_sampled"] for run in chosen],
+        seconds=statistics.fmean(run["seconds"] for run in chosen),
     )
 
 

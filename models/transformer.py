@@ -115,7 +115,9 @@ class Transformer(nnx.Module):
         self.embeddings = nnx.List(
             [nnx.Embed(BYTES, part, embedding_init=NORMAL, rngs=rngs) for part in parts]
         )
-        self.blocks = nnx.List([Block(config, size, linear, rngs) for _ in range(config.layers)])
+        self.blocks: nnx.List = nnx.List(
+            [Block(config, size, linear, rngs) for _ in range(config.layers)]
+        )
         self.norm = nnx.RMSNorm(size.width, rngs=rngs)
         self.head = nnx.Linear(size.width, BYTES, kernel_init=by_fan_in(0.3), rngs=rngs)
 
