@@ -1,111 +1,166 @@
-"""What the records of `models.widths` say: a table, and two pictures."""
+"""The programs of `models.widths`: a whole run each, from the draw of the weights to its losses.
 
-import collections
-import statistics
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+`config` is that of the recipe.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from models import _report as report
-from models import _text as texts
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+import bsjax.nnx
+from models import transformer
+from models._language import bits, late_bits
 
 
-class Point(NamedTuple):
-    """One kind at one width, at its best learning rate."""
+class Kind(NamedTuple):
+    """A model: its width, and the share of outer products that it computes (None: dense)."""
+
+    width: int
+    fraction: float | None
+
+    @property
+    def name(self) -> str:
+        return "dense" if self.fraction is None else f"sampled {self.fraction:g}"
+
+
+class Run(NamedTuple):
+    """One training run of a kind."""
 
     learning_rate: float
-    edge: bool  # the best rate was the smallest or largest of several
-    flops: int
-    parameters: int
-    heldout: list[float]  # bits per byte, by seed
-    heldout_sampled: list[float]
-    seconds: float
+    seed: int
 
 
-def points(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, Point]]:
-    """Of each kind, dense first, the points by width. The learning rate is the one with the lowest
-    mean over seeds of bits on the validation text; rates of which a run diverged are out."""
-    runs = collections.defaultdict(dict)
-    for record in records:  # later ones replace earlier ones
-        kind = record["kind"], record["width"]
-        runs[kind][record["learning_rate"], record["seed"]] = record
-    made = {kind: _point(list(found.values())) for kind, found in runs.items()}
-    names = sorted({name for name, _ in made}, key=lambda name: (name != "dense", name))
-    return {name: {w: p for (n, w), p in sorted(made.items()) if n == name and p} for name in names}
+class Result(NamedTuple):
+    """Bits per byte: mean of the last tenth of the steps, and of texts that were not trained on,
+    computed exactly and with sampling left on."""
+
+    training: Any
+    validation: Any
+    heldout: Any
+    heldout_sampled: Any
 
 
-def show(folder: Path, title: str, records: Sequence[Mapping[str, Any]], text: texts.Text) -> None:
-    """Prints the table, saves the pictures."""
-    found = points(records)
-    widths = sorted({width for line in found.values() for width in line})
-    rows = {
-        f"{width}, {name}": _row(point, found["dense"].get(width))
-        for width in widths
-        for name, line in found.items()
-        if (point := line.get(width))
-    }
-    if not rows:
-        print("Every run diverged: give lower --learning_rates")
-        return
-    rows["unigram"] = {"bits/byte": texts.unigram_bits(text.train, text.heldout)}
-    report.print_table(f"{title}; held-out bits/byte, mean and half the range of seeds", rows)
-    if any(point.edge for line in found.values() for point in line.values()):
-        print("* the best of the learning rates is their smallest or largest: give more of them")
-    lines = {
-        name: [(w, p.heldout) for w, p in line.items()] for name, line in found.items() if line
-    }
-    left_on = {
-        f"{name}, sampling left on": [(w, p.heldout_sampled) for w, p in line.items()]
-        for name, line in found.items()
-        if line and name != "dense"
-    }
-    costs = {
-        name: [(p.flops, p.heldout) for p in line.values()] for name, line in found.items() if line
-    }
-    labels = {"title": title, "y": "bits per byte, held-out"}
-    report.save_lines(
-        folder / "widths-loss.png", lines | left_on, x="width", ticks=widths, **labels
-    )
-    x = "FLOPs spent on training, sampling included"
-    report.save_lines(folder / "widths-flops.png", costs, x=x, **labels)
-    print(f"The pictures are in {folder}")
+class Stack(nnx.Module):
+    """The blocks of a Transformer as one, parameters stacked, [layers, ...]: the program holds
+    a block once, and compiles in a fraction of the time."""
+
+    def __init__(self, make: Callable[[jax.Array], nnx.Module], keys: jax.Array):
+        graph = nnx.graphdef(nnx.eval_shape(make, keys[0]))
+        self.block = nnx.merge(graph, jax.vmap(lambda key: nnx.split(make(key))[1])(keys))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        graph, *states = nnx.split(self.block, nnx.Param, ...)
+
+        def one(x: jax.Array, states: Any) -> Any:
+            block = nnx.merge(graph, *states, copy=True)
+            return block(x), nnx.split(block, nnx.Param, ...)[2]
+
+        x, rest = jax.lax.scan(one, x, tuple(states))
+        nnx.update(self.block, rest)  # the counters of samples
+        return x
 
 
-def _point(runs: Sequence[Mapping[str, Any]]) -> Point | None:
-    """The best learning rate; None if all diverged."""
-    rates = sorted({run["learning_rate"] for run in runs})
-    by_rate = {rate: [run for run in runs if run["learning_rate"] == rate] for rate in rates}
-    # a rate that an interrupted sweep has tried with fewer seeds would win or lose by luck
-    most = max(map(len, by_rate.values()))
-    means = {
-        rate: statistics.fmean(run["validation"] for run in found)
-        for rate, found in by_rate.items()
-        if len(found) == most and all(run["validation"] is not None for run in found)
-    }
-    if not means:
-        return None
-    best = min(means, key=means.__getitem__)
-    chosen = sorted(by_rate[best], key=lambda run: run["seed"])
-    return Point(
-        learning_rate=best,
-        edge=len(rates) > 1 and best in (rates[0], rates[-1]),
-        flops=chosen[0]["flops"],
-        parameters=chosen[0]["parameters"],
-        heldout=[run["heldout"] for run in chosen],
-        heldout_sampled=[run["heldout_sampled"] for run in chosen],
-        seconds=statistics.fmean(run["seconds"] for run in chosen),
-    )
+def make(config: Any, kind: Kind, seed: Any) -> transformer.Transformer:
+    """The model, its weights drawn by the seed: the same for all kinds of a width."""
+    shape = transformer.Config(layers=config.layers, heads=kind.width // config.head)
+    size = transformer.Size(kind.width, 4 * kind.width, transformer.dense)
+
+    def block(key: jax.Array) -> nnx.Module:
+        rngs = nnx.Rngs(key, sampling=jax.random.fold_in(key, 1))
+        made = transformer.Block(shape, size, size.linear(shape, rngs), rngs)
+        if kind.fraction is not None:
+            how = {"sampler": config.sampler, "block": config.block, "policy": "forward"}
+            bsjax.nnx.sample_linears(made, fraction=kind.fraction, rngs=rngs, **how)
+        return made
+
+    ends, blocks = jax.random.split(jax.random.key(seed))
+    model = transformer.Transformer(dataclasses.replace(shape, layers=0), size, nnx.Rngs(ends))
+    model.blocks = nnx.List([Stack(block, jax.random.split(blocks, config.layers))])
+    return model
 
 
-def _row(point: Point, dense: Point | None) -> dict[str, Any]:
-    half = (max(point.heldout) - min(point.heldout)) / 2
-    return {
-        "parameters": point.parameters,
-        "rate": f"{point.learning_rate:g}{'*' if point.edge else ''}",
-        "TFLOPs": point.flops / 1e12,
-        "of dense": point.flops / dense.flops if dense else None,
-        "bits/byte": statistics.fmean(point.heldout),
-        "+-": half if len(point.heldout) > 1 else None,
-        "sampling on": statistics.fmean(point.heldout_sampled),
-        "s/run": point.seconds,
-    }
+def program(config: Any, kind: Kind) -> Callable[..., Result]:
+    """`(learning rate, seed, train[bytes], validation and heldout[batches, batch, length + 1])` to
+    the result of a run, all of it in one program."""
+    graph = nnx.graphdef(nnx.eval_shape(lambda: make(config, kind, 0)))
+    # the update of AdamW is proportional to its rate, so the rate can be data
+    adam = transformer.adam(1.0, config.warmup, config.steps, config.weight_decay)
+
+    def whole(parameters: Any, rest: Any) -> Any:
+        # a copy: the counter of samples changes at a trace level other than that it came from
+        return nnx.merge(graph, computed_in(config.dtype, parameters), rest, copy=True)
+
+    def loss(parameters: Any, rest: Any, data: jax.Array) -> Any:
+        model = whole(parameters, rest)
+        return bits(model, data).mean(), nnx.split(model, nnx.Param, ...)[2]
+
+    def measure(parameters: Any, rest: Any, batches: jax.Array, exact: bool) -> jax.Array:
+        def one(rest: Any, data: jax.Array) -> Any:
+            model = whole(parameters, rest)
+            if exact:
+                model.eval()
+            value = late_bits(model, data)
+            model.train()
+            return nnx.split(model, nnx.Param, ...)[2], value
+
+        return jax.lax.scan(one, rest, batches)[1]
+
+    def run(rate: Any, seed: Any, train: Any, validation: Any, heldout: Any) -> Result:
+        tx = optax.chain(adam, optax.scale(rate))
+        _, parameters, rest = nnx.split(make(config, kind, seed), nnx.Param, ...)
+        batches = jax.random.fold_in(jax.random.key(seed), 2)
+
+        def step(carry: Any, i: jax.Array) -> Any:
+            parameters, rest, state = carry
+            key = jax.random.fold_in(batches, i)
+            starts = jax.random.randint(key, (config.batch, 1), 0, len(train) - config.length)
+            data = train[starts + jnp.arange(config.length + 1)[None]].astype(jnp.int32)
+            grad = jax.value_and_grad(loss, has_aux=True)
+            (value, rest), gradient = grad(parameters, rest, data)
+            updates, state = tx.update(gradient, state, parameters)
+            return (optax.apply_updates(parameters, updates), rest, state), value
+
+        carry = parameters, rest, tx.init(parameters)
+        (parameters, rest, _), losses = jax.lax.scan(step, carry, jnp.arange(config.steps))
+        both = measure(parameters, rest, jnp.concatenate([validation, heldout]), exact=True)
+        chosen_on, reported = jnp.split(both, [len(validation)])
+        left_on = reported
+        if kind.fraction is not None:
+            left_on = measure(parameters, rest, heldout, exact=False)
+        last = losses[-max(1, config.steps // 10) :]
+        return Result(*(bits.mean() for bits in (last, chosen_on, reported, left_on)))
+
+    return run
+
+
+def parameters(config: Any, kind: Kind) -> int:
+    """The number of parameters: sampling adds none."""
+    model = nnx.eval_shape(lambda: make(config, kind, 0))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def computed_in(dtype: str, parameters: Any) -> Any:
+    """The parameters as the model computes with them; the last norm and the head, where logits come
+    from, stay in float32."""
+    cast = functools.partial(jax.tree.map, lambda a: a.astype(dtype))
+    return nnx.State({**parameters, **{n: cast(parameters[n]) for n in ("embeddings", "blocks")}})
+
+
+def compiled(config: Any, kind: Kind, data: Sequence[jax.Array]) -> Callable[..., Result]:
+    """The program for `at_once` runs side by side."""
+    run = program(config, kind)
+    # one alone runs faster, and compiles twice as fast, where there is no axis of runs
+    side = config.at_once if config.at_once > 1 else None
+
+    def together(rates: jax.Array, seeds: jax.Array, *data: jax.Array) -> Result:
+        return jax.lax.map(lambda of_run: run(*of_run, *data), (rates, seeds), batch_size=side)
+
+    rates, seeds = (jax.ShapeDtypeStruct((config.at_once,), t) for t in (jnp.float32, jnp.int32))
+    return jax.jit(together).lower(rates, seeds, *data).compile()

@@ -30,7 +30,7 @@ from models import _text as texts
 from models._cli import Mistake, option
 from models._compare import compare
 from models._language import bits
-from models._train import Checkpoints, CtrlC, Progress, finite, output_folder
+from models._train import Checkpoints, CtrlC, Progress, finite, is_matrix, output_folder
 
 ABOUT = "Trains a wide block-sparse language model beside a narrower dense one of equal size."
 OUT = Path(__file__).parent.parent / "out"
@@ -230,12 +230,6 @@ def adam(peak: float, warmup: float, steps: int, decay: float) -> optax.Gradient
     matrices = functools.partial(jax.tree_util.tree_map_with_path, lambda at, _: is_matrix(at))
     adamw = optax.adamw(rate, b2=0.99, weight_decay=decay, mask=matrices)
     return optax.chain(optax.clip_by_global_norm(1.0), adamw)
-
-
-def is_matrix(path: Any) -> bool:
-    """Whether a parameter is neither a bias nor a gain. By name: stacked ones have more axes."""
-    names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
-    return not {"bias", "scale"} & set(names)
 
 
 @nnx.jit(donate_argnames=("model", "optimizer"))
