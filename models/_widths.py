@@ -82,6 +82,8 @@ def make(config: Any, kind: Kind, seed: Any) -> transformer.Transformer:
 
     ends, blocks = jax.random.split(jax.random.key(seed))
     model = transformer.Transformer(dataclasses.replace(shape, layers=0), size, nnx.Rngs(ends))
+    for embedding in model.embeddings:  # the only layers that would not follow their parameters
+        embedding.dtype = jnp.dtype(config.dtype)
     model.blocks = nnx.List([Stack(block, jax.random.split(blocks, config.layers))])
     return model
 

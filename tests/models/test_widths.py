@@ -1,0 +1,393 @@
+"""The width sweep: its programs do what a plain loop does, and its results are kept and told."""
+
+import json
+import math
+import shlex
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import bsjax.nnx
+from models import _flops, _records, _widths_report, transformer, widths
+from models import _text as texts
+from models._cli import Mistake, parse
+from models._language import bits
+from models._train import is_matrix
+from models._widths import Kind, compiled, make, parameters, program
+from tests.models.tiny import write_words
+
+TINY = shlex.split(
+    "--widths 16 --fractions 0.5 --learning_rates 0.02 0.01 --steps 2 --batch 2 --length 16 "
+    "--layers 2 --head 8 --block 4 --measured 32 --at_once 2"
+)
+DENSE, SAMPLED = Kind(16, None), Kind(16, 0.5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optax_promotes():
+    """Not by a context, as elsewhere: it would not hold in the threads that compile."""
+    before = jax.config.jax_numpy_dtype_promotion
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    yield
+    jax.config.update("jax_numpy_dtype_promotion", before)
+
+
+def config(*more):
+    return parse(widths.Config, [*TINY, *more], command="it")
+
+
+# ------------------------------------------------------------------------------------ the programs
+
+
+@pytest.fixture(scope="module")
+def words(text, tmp_path_factory):
+    return write_words(tmp_path_factory.mktemp("words"), text)
+
+
+@pytest.fixture(scope="module")
+def data(words):
+    return widths.arrays(config(), texts.load((words,), 17))
+
+
+@pytest.fixture(scope="module")
+def programs(data):
+    """They depend neither on the learning rates nor on what else a config says of the sweep."""
+    return {kind: compiled(config(), kind, data) for kind in (DENSE, SAMPLED)}
+
+
+@pytest.fixture(scope="module")
+def results(programs, data):
+    """Of both kinds, at two learning rates side by side."""
+    rates, seeds = jnp.array([0.02, 0.01]), jnp.array([0, 0], jnp.int32)
+    return {kind: run(rates, seeds, *data) for kind, run in programs.items()}
+
+
+def test_a_program_is_the_plain_loop(results, data):
+    """Blocks one by one, steps one by one, the rate in the optimizer, windows one by one."""
+    c = config()
+    train, validation, heldout = data
+    stacked = make(c, DENSE, 0)
+    shape = transformer.Config(layers=c.layers, heads=2)
+    size = transformer.Size(16, 64, transformer.dense)
+    model = transformer.Transformer(shape, size, nnx.Rngs(0))
+    state = nnx.state(stacked, nnx.Param)
+    for name in ("embeddings", "norm", "head"):
+        nnx.update(getattr(model, name), state[name])
+    for i, block in enumerate(model.blocks):
+        nnx.update(block, jax.tree.map(lambda a, i=i: a[i], state["blocks"][0]["block"]))
+    tx = transformer.adam(0.01, c.warmup, c.steps, c.weight_decay)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    losses = []
+    for step in range(c.steps):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 2), step)
+        starts = jax.random.randint(key, (c.batch, 1), 0, len(train) - c.length)[:, 0]
+        batch = jnp.stack([train[s : s + c.length + 1] for s in starts]).astype(jnp.int32)
+        losses.append(transformer.train_step(model, optimizer, batch))
+    late = nnx.jit(lambda model, data: bits(model, data)[:, c.length // 2 :].mean())
+    expected = [losses[-1], *(np.mean([late(model, d) for d in w]) for w in (validation, heldout))]
+    found = [float(values[1]) for values in results[DENSE][:3]]
+    # bits of some 6, of sums of at most 64 in another order through two layers, and Adam divides
+    # by the size of a gradient: what is small may change by as much as its rate
+    np.testing.assert_allclose(found, np.array(expected), rtol=1e-4)
+    assert abs(float(results[DENSE].heldout[0]) - found[2]) > 1e-3  # the other rate
+
+
+def test_exact_measurements_sample_nothing(programs, data):
+    """At a rate of 0 both kinds keep the weights that they share."""
+    still = {kind: run(jnp.zeros(2), jnp.arange(2), *data) for kind, run in programs.items()}
+    for name in ("validation", "heldout"):
+        dense, sampled = (getattr(still[kind], name) for kind in (DENSE, SAMPLED))
+        np.testing.assert_allclose(dense, sampled, rtol=1e-6)
+    assert (jnp.abs(still[SAMPLED].training - still[DENSE].training) > 1e-3).all()
+    assert abs(float(still[DENSE].heldout[0] - still[DENSE].heldout[1])) > 1e-3  # the other seed
+
+
+def test_only_a_sampled_model_is_measured_twice(results):
+    np.testing.assert_array_equal(results[DENSE].heldout, results[DENSE].heldout_sampled)
+    assert (jnp.abs(results[SAMPLED].heldout - results[SAMPLED].heldout_sampled) > 1e-3).all()
+    assert (jnp.abs(results[SAMPLED].heldout - results[DENSE].heldout) > 1e-3).all()
+    assert all(jnp.isfinite(values).all() for values in results[SAMPLED])
+
+
+@pytest.fixture(scope="module")
+def sampled():
+    return make(config(), SAMPLED, 0)
+
+
+def test_all_linears_but_the_classifier_are_sampled(sampled):
+    kinds = {str(path[-1]): type(part) for path, part in nnx.iter_modules(sampled) if path}
+    for name in ("qkv", "projection", "up", "down"):
+        assert kinds[name] is bsjax.nnx.SampledLinear
+    assert kinds["head"] is nnx.Linear
+    layer = sampled.blocks[0].block.up
+    assert (layer.fraction, layer.block, layer.policy) == (0.5, 4, "forward")
+
+
+def test_both_kinds_begin_with_the_same_weights(sampled):
+    state = nnx.state(make(config(), DENSE, 0), nnx.Param)
+    jax.tree.map(np.testing.assert_array_equal, state, nnx.state(sampled, nnx.Param))
+    first, second = state["blocks"][0]["block"]["up"]["kernel"][...]
+    assert jnp.abs(first - second).max() > 0.01  # each layer has its own
+
+
+def test_every_layer_and_every_call_draws_its_own_sample(sampled):
+    key, *_ = jax.tree.leaves(nnx.state(sampled, nnx.RngKey))
+    assert len({tuple(one) for one in jax.random.key_data(key).tolist()}) == config().layers
+    twice = nnx.jit(lambda model, data: (model(data), model(data)))
+    first, second = twice(sampled, jnp.zeros((1, 16), jnp.int32))
+    assert jnp.abs(first - second).max() > 1e-3
+
+
+def test_what_is_computed_in_bfloat16(data):
+    c = config("--dtype", "bfloat16")
+    jaxpr = jax.make_jaxpr(program(c, SAMPLED))(jnp.float32(0.01), jnp.int32(0), *data)
+    dots = [e for e, _ in equations(jaxpr.jaxpr) if e.primitive.name == "dot_general"]
+    narrow = [e for e in dots if e.invars[0].aval.dtype == e.invars[1].aval.dtype == jnp.bfloat16]
+    assert narrow  # attention, and exact layers while the model is measured
+    head = [e for e in dots if e.outvars[0].aval.shape == (c.batch, c.length, 256)]
+    assert head
+    assert all(v.aval.dtype == jnp.float32 for e in head for v in e.invars)
+
+
+def test_weights_decay_but_no_biases_and_gains(sampled):
+    single = nnx.eval_shape(
+        lambda: transformer.Transformer(
+            transformer.Config(), transformer.wide(transformer.Config()), nnx.Rngs(0)
+        )
+    )
+    state = nnx.state(single, nnx.Param)
+    by_name = jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(path), state)
+    assert jax.tree.leaves(by_name) == [leaf.ndim > 1 for leaf in jax.tree.leaves(state)]
+    state = nnx.state(sampled.blocks[0].block, nnx.Param)
+    by_name = jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(path), state)
+    assert jax.tree.leaves(by_name) == [leaf.ndim > 2 for leaf in jax.tree.leaves(state)]
+
+
+# ---------------------------------------------------------------------------------------- FLOPs
+
+
+def equations(jaxpr, times=1):
+    """Every primitive operation with how often it runs."""
+    for e in jaxpr.eqns:
+        yield e, times
+        repeat = e.params["length"] if e.primitive.name == "scan" else 1
+        for value in e.params.values():
+            for one in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(one, "jaxpr", one)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner, times * repeat)
+
+
+def products(jaxpr):
+    """Multiplications and additions of all `dot_general`s."""
+    total = 0
+    for e, times in equations(jaxpr):
+        if e.primitive.name == "dot_general":
+            (contracted, _), _ = e.params["dimension_numbers"]
+            terms = math.prod(e.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2 * times * terms * math.prod(e.outvars[0].aval.shape)
+    return total
+
+
+@pytest.mark.parametrize("fraction", [None, 0.5, 0.3])
+def test_products_cost_what_the_formula_says(fraction):
+    c, kind = config("--layers", "3"), Kind(32, fraction)
+    graph, params, rest = nnx.split(make(c, kind, 0), nnx.Param, ...)
+
+    def loss(params, data):
+        return bits(nnx.merge(graph, params, rest, copy=True), data).mean()
+
+    data = jnp.zeros((c.batch, c.length + 1), jnp.int32)
+    counted = products(jax.make_jaxpr(jax.grad(loss))(params, data).jaxpr)
+    step = widths.spent(c, kind)
+    assert counted == step.linears + step.attention + step.head
+    assert (step.norms > 0) == (step.sampler > 0) == (fraction is not None)
+
+
+@pytest.mark.slow
+def test_a_dense_step_costs_little_more_than_its_products_in_the_compiled_program():
+    c = config("--layers", "1")
+    graph, params = nnx.split(make(c, Kind(64, None), 0))
+
+    def loss(params, data):
+        return bits(nnx.merge(graph, params, copy=True), data).mean()
+
+    data = jnp.zeros((c.batch, c.length + 1), jnp.int32)
+    found = jax.jit(jax.grad(loss)).lower(params, data).compile().cost_analysis()["flops"]
+    step = widths.spent(c, Kind(64, None)).total
+    assert step < found < 1.2 * step  # norms, activations, the softmax
+
+
+def test_scores_and_draws_of_one_sampled_layer_by_hand():
+    step = _flops.training_step(tokens=5, length=5, layers=1, width=4, fraction=0.5, block=2)
+    norms = sampler = 0
+    for k, m in ((4, 12), (4, 4), (4, 16), (16, 4)):
+        norms += sum(2 for _ in range(5 * k)) + sum(2 for _ in range(k * m))
+        groups = k // 2
+        sampler += 2 * (k // 2) * m + 3 * groups * int(math.log2(groups)) + 20 * groups
+    assert (step.norms, step.sampler) == (norms, sampler)
+    assert step.total == sum(step)
+    one_group = _flops.training_step(tokens=5, length=5, layers=1, width=4, fraction=0.5, block=4)
+    assert one_group.linears > step.linears  # the square layers cannot be sampled, and are exact
+
+
+# ------------------------------------------------------------------------------------ the recipe
+
+
+@pytest.fixture(scope="module")
+def story(words, programs, tmp_path_factory):
+    """Begun with one learning rate, then resumed with both, and once more."""
+    folder = tmp_path_factory.mktemp("story")
+    flags = [*TINY, "--data", str(words), "--out", str(folder), "--commit", "abc"]
+    asked, seen = [], []
+
+    def compiled_before(_, kind, __):
+        asked.append(kind)
+        return programs[kind]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(widths, "compiled", compiled_before)
+        for more in (["--learning_rates", "0.01"], ["--resume"], ["--resume"]):
+            code = widths.main([*flags, *more])
+            seen.append((code, len(asked), (folder / "widths.jsonl").read_text()))
+    return types.SimpleNamespace(folder=folder, flags=flags, seen=seen)
+
+
+def test_a_resumed_sweep_trains_what_is_missing(story):
+    assert [code for code, _, _ in story.seen] == [0, 0, 0]
+    assert [asked for _, asked, _ in story.seen] == [2, 4, 4]
+    first, second, third = (lines for _, _, lines in story.seen)
+    assert second.startswith(first)
+    assert third == second
+    runs = [json.loads(line) for line in second.splitlines()]
+    found = [(r["kind"], r["width"], r["learning_rate"], r["seed"]) for r in runs]
+    assert found == [(k, 16, r, 0) for r in (0.01, 0.02) for k in ("dense", "sampled 0.5")]
+
+
+def test_what_is_trained_alone_is_what_is_trained_beside_others(story, results):
+    """A call for one run fills up its places with copies."""
+    runs = [json.loads(line) for line in story.seen[-1][2].splitlines()]
+    for run in runs:
+        side = 0 if run["learning_rate"] == 0.02 else 1
+        of_kind = results[Kind(16, run["fraction"])]
+        for name, values in of_kind._asdict().items():
+            assert run[name] == float(values[side])
+
+
+def test_a_record_says_what_made_it(story):
+    record = json.loads(story.seen[-1][2].splitlines()[-1])
+    assert record["command"].startswith(".venv/bin/python -m models.widths")
+    assert "--fractions 0.5" not in record["command"]  # the default
+    assert record["commit"] == "abc"
+    assert record["versions"]["jax"] == jax.__version__
+    assert record["device"] == jax.devices()[0].device_kind
+    assert record["settings"]["--length"] == 16
+    c, kind = config(), Kind(16, 0.5)
+    assert record["flops"] == 2 * widths.spent(c, kind).total  # two steps
+    assert record["parameters"] == parameters(c, kind)
+    assert 5 < record["heldout"] < 10
+    assert record["seconds"] > 0
+
+
+def test_pictures_are_written(story):
+    made = {path.name: path.read_bytes()[:4] for path in story.folder.glob("*.png")}
+    assert made == {"widths-loss.png": b"\x89PNG", "widths-flops.png": b"\x89PNG"}
+
+
+def test_results_of_other_settings_are_not_mixed_in(story, capsys, monkeypatch):
+    monkeypatch.setattr(widths, "sweep", lambda *_: iter(()))
+    widths.main([*story.flags, "--resume", "--steps", "3"])
+    assert "0 runs with these settings" in capsys.readouterr().out
+
+
+MISTAKES = {
+    "width": ("--widths 16 20", r"--widths 20 is no multiple of --head \(8\): try 16 or 24"),
+    "block": ("--block 3", r"--widths 16 is no multiple of --block \(3\): try 15 or 18"),
+    "head": ("--head 3", r"--head 3 is no multiple of .* \(2\): try 2 or 4"),
+    "fraction": ("--fractions 0.5 1", r"--fractions must be above 0 and at most 0\.9, got 1\.0"),
+    "rate": ("--learning_rates 0", r"--learning_rates must be above 0, got 0\.0"),
+    "batch": ("--batch 200", "bytes to measure on are too few for 200 windows of 17: give more "),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_that_says_what_to_do(name, words, tmp_path):
+    flags, message = MISTAKES[name]
+    argv = [*TINY, "--data", str(words), "--out", str(tmp_path), *flags.split()]
+    with pytest.raises(Mistake, match=message) as caught:
+        widths.main(argv)
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------ the report
+
+
+def record(width, kind, rate, seed, validation, heldout=2.0):
+    result = {"validation": validation, "heldout": heldout, "heldout_sampled": heldout}
+    result |= {"flops": 1000 * width, "parameters": width, "seconds": 1.0}
+    return {"width": width, "kind": kind, "learning_rate": rate, "seed": seed, **result}
+
+
+RECORDS = [
+    # 0.2 is the best on average, though 0.1 has the best seed and the best held-out text
+    *(record(8, "dense", 0.1, seed, loss, 1.0) for seed, loss in enumerate((2.0, 4.0))),
+    *(record(8, "dense", 0.2, seed, loss, 2.0 + seed) for seed, loss in enumerate((2.5, 2.6))),
+    record(8, "dense", 0.4, 0, 1.0),  # this one diverged with the other seed
+    record(8, "dense", 0.4, 1, None, None),
+    record(8, "dense", 0.3, 0, 1.0),  # and of this one a seed is missing
+    record(16, "dense", 0.1, 0, 9.0),
+    record(16, "dense", 0.1, 0, 3.0),  # trained again
+    record(16, "dense", 0.2, 0, 4.0),
+    record(8, "sampled 0.5", 0.1, 0, None, None),
+]
+
+
+def test_the_rate_is_the_best_on_average_on_the_text_to_choose_by():
+    found = _widths_report.points(RECORDS)
+    assert list(found) == ["dense", "sampled 0.5"]
+    assert found["sampled 0.5"] == {}  # all diverged
+    narrow, wide = found["dense"][8], found["dense"][16]
+    assert (narrow.learning_rate, narrow.edge, narrow.heldout) == (0.2, False, [2.0, 3.0])
+    assert (wide.learning_rate, wide.edge) == (0.1, True)
+
+
+def test_the_table_has_a_row_for_each_width_and_kind(text, tmp_path, capsys):
+    more = [record(8, "sampled 0.5", 0.2, 0, 2.0), record(16, "sampled 0.5", 0.2, 0, 2.0)]
+    _widths_report.show(tmp_path, "a title", RECORDS + more, text)
+    printed = capsys.readouterr().out
+    lines = [line.split() for line in printed.splitlines()]
+    rows = [line for line in lines if line and line[0] in ("8,", "16,")]
+    assert [row[:2] for row in rows] == [
+        ["8,", "dense"],
+        ["8,", "sampled"],
+        ["16,", "dense"],
+        ["16,", "sampled"],
+    ]
+    assert "0.500" in rows[0]  # half the range of two seeds
+    assert "* the best of the learning rates" in printed
+
+
+def test_a_sweep_that_diverged_says_so(text, tmp_path, capsys):
+    _widths_report.show(tmp_path, "a title", [record(8, "dense", 0.1, 0, None, None)], text)
+    assert capsys.readouterr().out == "Every run diverged: give lower --learning_rates\n"
+
+
+def test_a_line_that_was_cut_off_costs_no_other(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    assert _records.read(path) == []
+    _records.append(path, {"a": 1})
+    with path.open("a") as file:
+        file.write('{"a": 2, "b')
+    _records.append(path, {"a": 3})
+    _records.append(path, {"a": 4})
+    assert _records.read(path) == [{"a": 1}, {"a": 3}, {"a": 4}]
+
+
+def test_records_say_what_was_checked_out():
+    found = _records.environment()
+    assert found["commit"] != ""
+    assert _records.environment("abc")["commit"] == "abc"
