@@ -41,7 +41,9 @@ def parse[T](cls: type[T], argv: list[str] | None = None, *, command: str, about
     argv = sys.argv[1:] if argv is None else argv
     config = cls(**vars(parser.parse_args([_underscored(word) for word in argv])))
     for field in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
-        check(field.name, getattr(config, field.name), **field.metadata)
+        value = getattr(config, field.name)
+        for one in value if isinstance(value, tuple) else (value,):
+            check(field.name, one, **field.metadata)
     return config
 
 
@@ -49,9 +51,6 @@ def check(name: str, value: Any, *, least=None, above=None, most=None, **_: Any)
     """Raises `Mistake` unless `value` is within the bounds given."""
     bounds = [f"at least {least}"] * (least is not None)
     bounds += [f"above {above}"] * (above is not None) + [f"at most {most}"] * (most is not None)
-    if isinstance(value, tuple):
-        for one in value:
-            check(name, one, least=least, above=above, most=most)
     if not isinstance(value, int | float):
         return
     fits = math.isfinite(value) and (least is None or value >= least)
@@ -120,9 +119,9 @@ class _Help(argparse.HelpFormatter):
         text = action.help or ""
         if all(action.default is not none for none in (None, (), False, argparse.SUPPRESS)):
             value = action.default
-            if isinstance(value, tuple):
-                value = " ".join(map(str, value))
-            text += f" (default: {os.path.relpath(value) if action.type is Path else value})"
+            value = os.path.relpath(value) if action.type is Path else value
+            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            text += f" (default: {shown})"
         return text.replace("%", "%%")
 
 
@@ -141,10 +140,8 @@ def _reader(field: dataclasses.Field) -> dict[str, Any]:
     text = {"help": field.metadata["help"]}
     if field.type is bool:
         return text | {"action": argparse.BooleanOptionalAction}
-    if get_origin(field.type) is tuple:
-        one: Any = get_args(field.type)[0]
-        return text | {"type": one, "nargs": "+", "action": _Tuple, "metavar": one.__name__.upper()}
-    kind: Any = field.type
+    kind: Any = (get_args(field.type) or (field.type,))[0]  # of `tuple[Path, ...]`, `Path | None`
+    text |= {"nargs": "+", "action": _Tuple} if get_origin(field.type) is tuple else {}
     return text | {
         "type": kind,
         "choices": field.metadata.get("choices"),

@@ -10,12 +10,14 @@ Measured are bits per byte of held-out text, against the width and against the F
 spent, those of sampling included. After Jain 2020 (a talk), who varied the width at depth 6.
 """
 
-import concurrent.futures
+import collections
 import dataclasses
+import functools
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,10 @@ import numpy as np
 
 from models import _cli as cli
 from models import _flops as flops
-from models import _records as records
 from models import _text as texts
 from models import transformer
 from models._cli import Mistake, option
+from models._runs import Runs, in_advance, whereabouts
 from models._train import CtrlC, output_folder
 from models._widths import Kind, Run, compiled, parameters
 from models._widths_report import show
@@ -111,32 +113,19 @@ def kinds(config: Config) -> list[Kind]:
     return [Kind(w, f) for w in config.widths for f in (None, *config.fractions)]
 
 
-def missing(config: Config, known: Sequence[dict]) -> dict[Kind, list[Run]]:
-    """The runs of each kind that no record has."""
-    done = {(Kind(r["width"], r["fraction"]), Run(r["learning_rate"], r["seed"])) for r in known}
-    runs = list(
-        itertools.starmap(Run, itertools.product(config.learning_rates, range(config.seeds)))
-    )
-    left = {kind: [run for run in runs if (kind, run) not in done] for kind in kinds(config)}
-    return {kind: runs for kind, runs in left.items() if runs}
-
-
 def sweep(
-    config: Config, data: Sequence[jax.Array], left: dict[Kind, list[Run]]
+    config: Config, data: Sequence[jax.Array], left: Mapping[Kind, Sequence[Run]]
 ) -> Iterator[tuple[Kind, Run, dict[str, Any]]]:
     """Trains what is left; the results of each run as they come."""
-    with concurrent.futures.ThreadPoolExecutor(config.compilers) as pool:
-        programs = {kind: pool.submit(compiled, config, kind, data) for kind in left}
-        try:
-            for kind, runs in left.items():
-                call = programs.pop(kind).result()
-                for some in itertools.batched(runs, config.at_once):
-                    yield from trained(config, kind, call, some, data)
-        finally:
-            pool.shutdown(cancel_futures=True)
+    tasks = [functools.partial(compiled, config, kind, data) for kind in left]
+    with in_advance(tasks, config.compilers) as programs:
+        for (kind, runs), call in zip(left.items(), programs, strict=True):
+            for some in itertools.batched(runs, config.at_once):
+                for run, found in zip(some, trained(config, call, some, data), strict=True):
+                    yield kind, run, found
 
 
-def trained(config: Config, kind: Kind, call: Any, runs: Sequence[Run], data: Any) -> Iterator[Any]:
+def trained(config: Config, call: Any, runs: Sequence[Run], data: Any) -> Iterator[dict[str, Any]]:
     """The results of runs that one call trains together."""
     start = time.perf_counter()
     # too few runs are filled up with the last one, since the program takes `at_once`
@@ -145,10 +134,10 @@ def trained(config: Config, kind: Kind, call: Any, runs: Sequence[Run], data: An
     result = call(jnp.asarray(rates, jnp.float32), jnp.asarray(seeds, jnp.int32), *data)
     result = jax.tree.map(np.asarray, result)
     seconds = (time.perf_counter() - start) / len(full)
-    for i, run in enumerate(runs):
+    for i in range(len(runs)):
         values = {name: float(value[i]) for name, value in result._asdict().items()}
         values = {name: v if math.isfinite(v) else None for name, v in values.items()}
-        yield kind, run, values | {"seconds": seconds}
+        yield values | {"seconds": seconds}
 
 
 def spent(config: Config, kind: Kind) -> flops.Flops:
@@ -170,30 +159,32 @@ def main(argv: list[str] | None = None) -> int:
     """Trains, measures and reports; the exit code."""
     config = cli.parse(Config, argv, command="python -m models.widths", about=ABOUT)
     check(config)
-    folder = output_folder(config.out)
+    output_folder(config.out)
     text = texts.load(config.data, config.length + 1)
     print(text.about)
-    data = arrays(config, text)
-    path, about = folder / "widths.jsonl", {"settings": cli.fixed(config), "text": text.digest}
-    same = [r for r in records.read(path) if {n: r.get(n) for n in about} == about]
-    known = same if config.resume else []
-    left = missing(config, known)
+    data, runs = arrays(config, text), Runs(config.out / "widths.jsonl", resume=config.resume)
+    grid = itertools.product(config.learning_rates, range(config.seeds))
+    wanted = list(itertools.product(kinds(config), itertools.starmap(Run, grid)))
+    about = {**cli.fixed(config), "a text with the hash": text.digest}
+    settings = {pair: {**about, **pair[0]._asdict(), **pair[1]._asdict()} for pair in wanted}
+    left: dict[Kind, list[Run]] = collections.defaultdict(list)
+    for kind, run in wanted:
+        if runs.get(settings[kind, run]) is None:
+            left[kind].append(run)
     total = sum(map(len, left.values()))
-    if config.resume:
-        print(f"{len(known)} runs with these settings are in {path}, {total} are left.")
-    command = cli.shell_command("models.widths", config)
-    about |= {"command": command, **records.environment(config.commit)}
+    if total < len(wanted):
+        print(f"{len(wanted) - total} of {len(wanted)} runs are in {runs.path} already.")
+    where = whereabouts(cli.shell_command("models.widths", config)) | {"flax": version("flax")}
+    where |= {"commit": config.commit} if config.commit else {}
     with CtrlC() as stop:
         for number, (kind, run, found) in enumerate(sweep(config, data, left), 1):
             step = spent(config, kind)
-            costs = {"flops": config.steps * step.total, "flops_per_step": step._asdict()}
-            record = about | {"kind": kind.name, "parameters": parameters(config, kind)}
-            record |= kind._asdict() | run._asdict() | costs | found
-            records.append(path, record)
-            known.append(record)
+            costs = {"parameters": parameters(config, kind), "flops": config.steps * step.total}
+            found = costs | {"flops_per_step": step._asdict()} | found
+            runs.add(settings[kind, run], found, where)
             print(
-                f"{number}/{total} width {kind.width} {kind.name}, rate {run.learning_rate:g}, "
-                f"seed {run.seed}: {found['validation'] or math.nan:.3f} bits/byte, "
+                f"{number}/{total} {kind.width}, {kind.name}, rate {run.learning_rate:g}, seed "
+                f"{run.seed}: {found['validation'] or math.nan:.3f} bits/byte to choose by, "
                 f"{found['seconds']:.1f} s",
                 flush=True,
             )
@@ -201,11 +192,12 @@ def main(argv: list[str] | None = None) -> int:
                 break
     if stop.asked:
         again = cli.shell_command("models.widths", dataclasses.replace(config, resume=True))
-        print(f"Stopped. Results are in {path}; go on with\n  {again}")
+        print(f"Stopped. Results are in {runs.path}; go on with\n  {again}")
         return cli.INTERRUPTED
+    results = {pair: runs.get(settings[pair]) or {} for pair in wanted}
     tokens = config.batch * config.length
     title = f"{config.layers} layers, {config.steps:,} steps of {tokens:,} bytes"
-    show(folder, title, known, text)
+    show(config.out, title, results, text)
     return 0
 
 

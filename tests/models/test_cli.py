@@ -27,6 +27,9 @@ class Config:
     learning_rate: float = option(0.1, "how fast", same=True)
     resume: bool = option(False, "go on")
     kind: str = option("a", "which", choices=("a", "b"))
+    shares: tuple[float, ...] = option((0.5, 1.0), "several", above=0, most=1)
+    kinds: tuple[str, ...] = option(("a",), "several", choices=("a", "b"))
+    folder: Path | None = option(None, "maybe one")  # noqa: RUF009
 
 
 def read(*argv):
@@ -38,6 +41,20 @@ def test_every_field_is_a_flag():
     assert read(*given) == Config(
         data=(Path("a.txt"), Path("b c")), share=1.0, steps=7, resume=True, kind="b"
     )
+
+
+def test_several_values_and_none():
+    assert read().folder is None
+    assert read("--folder", "a b").folder == Path("a b")
+    given = read("--shares", "1", "0.25", "--kinds", "b", "a")
+    assert (given.shares, given.kinds) == ((1.0, 0.25), ("b", "a"))
+    for argv, message in {
+        "--shares 0.5 2": r"^--shares must be above 0 and at most 1, got 2\.0$",
+        "--kinds a c": "argument --kinds: invalid choice: 'c'",
+        "--shares": "argument --shares: expected at least one argument",
+    }.items():
+        with pytest.raises(Mistake, match=message):
+            read(*argv.split())
 
 
 def test_without_flags_the_defaults_hold():

@@ -3,7 +3,9 @@
 import json
 import math
 import shlex
+import signal
 import types
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +14,12 @@ import pytest
 from flax import nnx
 
 import bsjax.nnx
-from models import _flops, _records, _widths_report, transformer, widths
+from models import _flops, _widths_report, transformer, widths
 from models import _text as texts
-from models._cli import Mistake, parse
+from models._cli import INTERRUPTED, Mistake, parse
 from models._language import bits
 from models._train import is_matrix
-from models._widths import Kind, compiled, make, parameters, program
+from models._widths import Kind, Run, compiled, make, parameters, program
 from tests.models.tiny import write_words
 
 TINY = shlex.split(
@@ -264,33 +266,33 @@ def test_a_resumed_sweep_trains_what_is_missing(story):
     assert second.startswith(first)
     assert third == second
     runs = [json.loads(line) for line in second.splitlines()]
-    found = [(r["kind"], r["width"], r["learning_rate"], r["seed"]) for r in runs]
-    assert found == [(k, 16, r, 0) for r in (0.01, 0.02) for k in ("dense", "sampled 0.5")]
+    names = ("learning_rate", "width", "fraction", "seed")
+    found = [tuple(run["settings"][name] for name in names) for run in runs]
+    assert found == [(rate, 16, f, 0) for rate in (0.01, 0.02) for f in (None, 0.5)]
 
 
 def test_what_is_trained_alone_is_what_is_trained_beside_others(story, results):
     """A call for one run fills up its places with copies."""
     runs = [json.loads(line) for line in story.seen[-1][2].splitlines()]
     for run in runs:
-        side = 0 if run["learning_rate"] == 0.02 else 1
-        of_kind = results[Kind(16, run["fraction"])]
+        side = (0.02, 0.01).index(run["settings"]["learning_rate"])
+        of_kind = results[Kind(16, run["settings"]["fraction"])]
         for name, values in of_kind._asdict().items():
-            assert run[name] == float(values[side])
+            assert run["result"][name] == float(values[side])
 
 
 def test_a_record_says_what_made_it(story):
     record = json.loads(story.seen[-1][2].splitlines()[-1])
-    assert record["command"].startswith(".venv/bin/python -m models.widths")
-    assert "--fractions 0.5" not in record["command"]  # the default
-    assert record["commit"] == "abc"
-    assert record["versions"]["jax"] == jax.__version__
-    assert record["device"] == jax.devices()[0].device_kind
+    where, result = record["where"], record["result"]
+    assert "-m models.widths --data" in where["command"]
+    assert (where["commit"], where["jax"]) == ("abc", jax.__version__)
+    assert {"flax", "numpy", "device"} <= {*where}
     assert record["settings"]["--length"] == 16
-    c, kind = config(), Kind(16, 0.5)
-    assert record["flops"] == 2 * widths.spent(c, kind).total  # two steps
-    assert record["parameters"] == parameters(c, kind)
-    assert 5 < record["heldout"] < 10
-    assert record["seconds"] > 0
+    step = widths.spent(config(), SAMPLED)
+    assert (result["flops"], result["flops_per_step"]) == (2 * step.total, step._asdict())
+    assert result["parameters"] == parameters(config(), SAMPLED)
+    assert 5 < result["heldout"] < 10
+    assert result["seconds"] > 0
 
 
 def test_pictures_are_written(story):
@@ -298,10 +300,33 @@ def test_pictures_are_written(story):
     assert made == {"widths-loss.png": b"\x89PNG", "widths-flops.png": b"\x89PNG"}
 
 
-def test_results_of_other_settings_are_not_mixed_in(story, capsys, monkeypatch):
-    monkeypatch.setattr(widths, "sweep", lambda *_: iter(()))
-    widths.main([*story.flags, "--resume", "--steps", "3"])
-    assert "0 runs with these settings" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("flags", "left"), [("", 0), ("--steps 3", 4), ("--seeds 2", 4), ("--widths 16 32", 4)]
+)
+def test_results_are_of_their_settings(story, flags, left, capsys, monkeypatch):
+    def stopped(_, __, runs):
+        assert sum(map(len, runs.values())) == left
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(widths, "sweep", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        widths.main([*story.flags, "--resume", *flags.split()])
+    assert ("runs are in" in capsys.readouterr().out) == (flags != "--steps 3")
+
+
+def test_ctrl_c_says_how_to_go_on(words, programs, tmp_path, monkeypatch, capsys):
+    def interrupted(_, kind, __):
+        signal.raise_signal(signal.SIGINT)
+        return programs[kind]
+
+    monkeypatch.setattr(widths, "compiled", interrupted)
+    # a signal reaches the main thread only
+    monkeypatch.setattr(widths, "in_advance", lambda tasks, _: nullcontext(t() for t in tasks))
+    code = widths.main([*TINY, "--data", str(words), "--out", str(tmp_path)])
+    assert code == INTERRUPTED
+    again = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert "--resume" in again
+    assert len((tmp_path / "widths.jsonl").read_text().splitlines()) == 1
 
 
 MISTAKES = {
@@ -326,68 +351,54 @@ def test_a_mistake_is_one_line_that_says_what_to_do(name, words, tmp_path):
 # ------------------------------------------------------------------------------------ the report
 
 
-def record(width, kind, rate, seed, validation, heldout=2.0):
-    result = {"validation": validation, "heldout": heldout, "heldout_sampled": heldout}
-    result |= {"flops": 1000 * width, "parameters": width, "seconds": 1.0}
-    return {"width": width, "kind": kind, "learning_rate": rate, "seed": seed, **result}
+def results_of(*found):
+    """Of `(width, fraction, rate, bits to choose by of each seed, held-out ones of each seed)`."""
+    return {
+        (Kind(width, fraction), Run(rate, seed)): {
+            "validation": chosen_by,
+            "heldout": reported,
+            "heldout_sampled": reported,
+            "flops": 1000 * width,
+            "parameters": width,
+            "seconds": 1.0,
+        }
+        for width, fraction, rate, *pairs in found
+        for seed, (chosen_by, reported) in enumerate(zip(*pairs, strict=True))
+    }
 
 
-RECORDS = [
-    # 0.2 is the best on average, though 0.1 has the best seed and the best held-out text
-    *(record(8, "dense", 0.1, seed, loss, 1.0) for seed, loss in enumerate((2.0, 4.0))),
-    *(record(8, "dense", 0.2, seed, loss, 2.0 + seed) for seed, loss in enumerate((2.5, 2.6))),
-    record(8, "dense", 0.4, 0, 1.0),  # this one diverged with the other seed
-    record(8, "dense", 0.4, 1, None, None),
-    record(8, "dense", 0.3, 0, 1.0),  # and of this one a seed is missing
-    record(16, "dense", 0.1, 0, 9.0),
-    record(16, "dense", 0.1, 0, 3.0),  # trained again
-    record(16, "dense", 0.2, 0, 4.0),
-    record(8, "sampled 0.5", 0.1, 0, None, None),
-]
+MADE = results_of(
+    (8, None, 0.1, (2.0, 4.0), (1.0, 1.0)),  # has the best seed, and the best held-out text
+    (8, None, 0.2, (2.5, 2.6), (2.0, 3.0)),  # is the best on average
+    (8, None, 0.4, (1.0, None), (1.0, None)),  # diverged with the other seed
+    (8, 0.5, 0.1, (None,), (None,)),
+    (16, None, 0.1, (3.0,), (3.0,)),
+    (16, None, 0.2, (4.0,), (4.0,)),
+    (16, 0.5, 0.1, (3.5,), (3.5,)),
+)
 
 
 def test_the_rate_is_the_best_on_average_on_the_text_to_choose_by():
-    found = _widths_report.points(RECORDS)
-    assert list(found) == ["dense", "sampled 0.5"]
-    assert found["sampled 0.5"] == {}  # all diverged
+    found = _widths_report.points(MADE)
+    assert {name: [*line] for name, line in found.items()} == {
+        "dense": [8, 16],
+        "sampled 0.5": [16],
+    }
     narrow, wide = found["dense"][8], found["dense"][16]
     assert (narrow.learning_rate, narrow.edge, narrow.heldout) == (0.2, False, [2.0, 3.0])
     assert (wide.learning_rate, wide.edge) == (0.1, True)
 
 
 def test_the_table_has_a_row_for_each_width_and_kind(text, tmp_path, capsys):
-    more = [record(8, "sampled 0.5", 0.2, 0, 2.0), record(16, "sampled 0.5", 0.2, 0, 2.0)]
-    _widths_report.show(tmp_path, "a title", RECORDS + more, text)
+    _widths_report.show(tmp_path, "a title", MADE, text)
     printed = capsys.readouterr().out
     lines = [line.split() for line in printed.splitlines()]
     rows = [line for line in lines if line and line[0] in ("8,", "16,")]
-    assert [row[:2] for row in rows] == [
-        ["8,", "dense"],
-        ["8,", "sampled"],
-        ["16,", "dense"],
-        ["16,", "sampled"],
-    ]
-    assert "0.500" in rows[0]  # half the range of two seeds
+    assert [row[:2] for row in rows] == [["8,", "dense"], ["16,", "dense"], ["16,", "sampled"]]
+    assert rows[0][-4:-1] == ["2.500", "0.500", "2.500"]  # mean and half the range of two seeds
     assert "* the best of the learning rates" in printed
 
 
 def test_a_sweep_that_diverged_says_so(text, tmp_path, capsys):
-    _widths_report.show(tmp_path, "a title", [record(8, "dense", 0.1, 0, None, None)], text)
+    _widths_report.show(tmp_path, "a title", results_of((8, None, 0.1, (None,), (None,))), text)
     assert capsys.readouterr().out == "Every run diverged: give lower --learning_rates\n"
-
-
-def test_a_line_that_was_cut_off_costs_no_other(tmp_path):
-    path = tmp_path / "lines.jsonl"
-    assert _records.read(path) == []
-    _records.append(path, {"a": 1})
-    with path.open("a") as file:
-        file.write('{"a": 2, "b')
-    _records.append(path, {"a": 3})
-    _records.append(path, {"a": 4})
-    assert _records.read(path) == [{"a": 1}, {"a": 3}, {"a": 4}]
-
-
-def test_records_say_what_was_checked_out():
-    found = _records.environment()
-    assert found["commit"] != ""
-    assert _records.environment("abc")["commit"] == "abc"
