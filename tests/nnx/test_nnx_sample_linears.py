@@ -143,7 +143,7 @@ def test_stacked_layers():
 
     model = nnx.Dict(layers=make(nnx.Rngs(0)))
     model.layers.kernel[...] = jnp.broadcast_to(jnp.eye(SIZE), (3, SIZE, SIZE))
-    sample_linears(model, fraction=0.5, rngs=nnx.Rngs(0))
+    sample_linears(model, fraction=0.5, sampler="uniform", rngs=nnx.Rngs(0))
     assert model.layers.rngs.key.shape == model.layers.rngs.count.shape == (3,)
     assert_draws_for_each(model.layers)
 
