@@ -137,7 +137,7 @@ def program(config: Any, kind: Kind) -> Callable[..., Result]:
         if kind.fraction is not None:
             left_on = measure(parameters, rest, heldout, exact=False)
         last = losses[-max(1, config.steps // 10) :]
-        return Result(*(bits.mean() for bits in (last, chosen_on, reported, left_on)))
+        return Result(*(found.mean() for found in (last, chosen_on, reported, left_on)))
 
     return run
 

@@ -94,19 +94,23 @@ MADE = results_of(
     (8, 0.5, 0.1, (None,), (None,)),
     (16, None, 0.1, (3.0,), (3.0,)),
     (16, None, 0.2, (4.0,), (4.0,)),
-    (16, 0.5, 0.1, (3.5,), (3.5,)),
+    (16, 0.5, 0.1, (3.6,), (3.6,)),
+    (16, 0.5, 0.2, (3.5,), (3.5,)),
+    (32, None, 0.1, (3.0,), (3.0,)),
 )
 
 
 def test_the_rate_is_the_best_on_average_on_the_text_to_choose_by():
     found = _widths_report.points(MADE)
     assert {name: [*line] for name, line in found.items()} == {
-        "dense": [8, 16],
+        "dense": [8, 16, 32],
         "sampled 0.5": [16],
     }
     narrow, wide = found["dense"][8], found["dense"][16]
     assert (narrow.learning_rate, narrow.edge, narrow.heldout) == (0.2, False, [2.0, 3.0])
     assert (wide.learning_rate, wide.edge) == (0.1, True)
+    assert (found["sampled 0.5"][16].learning_rate, found["sampled 0.5"][16].edge) == (0.2, True)
+    assert not found["dense"][32].edge  # of one there is no choice
 
 
 def test_the_table_has_a_row_for_each_width_and_kind(text, tmp_path, capsys):
