@@ -18,9 +18,13 @@ def bits(model: Any, data: jax.Array) -> jax.Array:
     return losses / math.log(2)
 
 
-@nnx.jit
-def _late_bits(model: Any, data: jax.Array) -> jax.Array:
+def late_bits(model: Any, data: jax.Array) -> jax.Array:
+    """Mean bits of the second half of every window: each byte is predicted from half a window of
+    others or more."""
     return bits(model, data)[:, data.shape[1] // 2 :].mean()
+
+
+_late_bits = nnx.jit(late_bits)
 
 
 def heldout_bits(model: Any, heldout: np.ndarray, *, count: int, length: int, size: int) -> float:

@@ -20,6 +20,7 @@ from models._train import console
 
 matplotlib.use("Agg")  # pictures are saved, never shown
 from matplotlib import pyplot
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 DENSITIES = (0.0625, 0.125, 0.25, 0.5)
 QUIET = "#6b6b6b"  # lines to compare with
@@ -155,6 +156,31 @@ def save_speed(path: Path | str, title: str, speed: Mapping[float, Ratio]) -> No
     axes.plot([0, 1], [0, 1], color=QUIET, linewidth=1, linestyle=(0, (1, 2)), label="density")
     axes.legend(frameon=False, fontsize=9)
     axes.set(xlim=(0, 1.1 * max(densities)), ylim=(0, 1.1 * max(1, *high)))
+    _save(path, axes.figure)
+
+
+def save_lines(
+    path: Path | str,
+    lines: Mapping[str, Sequence[tuple[float, Sequence[float]]]],
+    *,
+    title: str,
+    x: str,
+    y: str,
+    ticks: Sequence[float] = (),
+) -> None:
+    """Lines through the means of `(x, values)`, with the values as dots; x is logarithmic, and
+    labelled at `ticks`, if given."""
+    means = {
+        n: ([at for at, _ in line], [np.mean(v) for _, v in line]) for n, line in lines.items()
+    }
+    axes = plot.curves(means, title=title, x=x, y=y)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if not ticks else FixedLocator(ticks))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    for drawn, line in zip(axes.get_lines(), lines.values(), strict=True):
+        for at, values in line:
+            axes.plot([at] * len(values), values, ".", color=drawn.get_color(), markersize=5)
     _save(path, axes.figure)
 
 

@@ -170,6 +170,12 @@ def finite(name: str, loss: Any) -> float:
     return float(loss)
 
 
+def is_matrix(path: Any) -> bool:
+    """Whether a parameter is neither a bias nor a gain. By name: stacked ones have more axes."""
+    names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+    return not {"bias", "scale"} & set(names)
+
+
 def output_folder(path: Path) -> Path:
     """`path`, made if need be. Raises `Mistake` if nothing can be written there."""
     probe = path / ".writable"

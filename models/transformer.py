@@ -30,7 +30,7 @@ from models import _text as texts
 from models._cli import Mistake, option
 from models._compare import compare
 from models._language import bits
-from models._train import Checkpoints, CtrlC, Progress, finite, output_folder
+from models._train import Checkpoints, CtrlC, Progress, finite, is_matrix, output_folder
 
 ABOUT = "Trains a wide block-sparse language model beside a narrower dense one of equal size."
 OUT = Path(__file__).parent.parent / "out"
@@ -115,7 +115,9 @@ class Transformer(nnx.Module):
         self.embeddings = nnx.List(
             [nnx.Embed(BYTES, part, embedding_init=NORMAL, rngs=rngs) for part in parts]
         )
-        self.blocks = nnx.List([Block(config, size, linear, rngs) for _ in range(config.layers)])
+        self.blocks: nnx.List = nnx.List(
+            [Block(config, size, linear, rngs) for _ in range(config.layers)]
+        )
         self.norm = nnx.RMSNorm(size.width, rngs=rngs)
         self.head = nnx.Linear(size.width, BYTES, kernel_init=by_fan_in(0.3), rngs=rngs)
 
@@ -133,9 +135,9 @@ def rotate(x: jax.Array) -> jax.Array:
     _, length, _, features = x.shape
     turns = 10_000.0 ** -(np.arange(0, features, 2) / features)
     angle = (np.arange(length)[:, None] * turns)[None, :, None].astype(np.float32)
-    a, b = jnp.split(x, 2, axis=-1)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
 
 
 @functools.cache  # two models of a size must be made of the same functions, or both compile
@@ -225,7 +227,7 @@ class Run(NamedTuple):
 def adam(peak: float, warmup: float, steps: int, decay: float) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019); its rate rises, then falls along a cosine."""
     rate = optax.warmup_cosine_decay_schedule(0, peak, round(warmup * steps), steps, peak / 50)
-    matrices = functools.partial(jax.tree.map, lambda parameter: parameter.ndim > 1)
+    matrices = functools.partial(jax.tree_util.tree_map_with_path, lambda at, _: is_matrix(at))
     adamw = optax.adamw(rate, b2=0.99, weight_decay=decay, mask=matrices)
     return optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
