@@ -27,7 +27,7 @@ def chosen(product: str, case: GpuCase, device: str = "", seed: int = 0) -> dict
     if product == "dvalues":
         found = config.for_sddmm(sizes, 2, n=case.tokens, tuned=tuned)
     else:
-        options = {"capacity": stored, "ordered": product == "forward", "tuned": tuned}
+        options = {"density": density, "tuned": tuned}
         found = config.for_matmul(case.tokens, sizes, 2, **options)
     fields = dataclasses.asdict(found)
     del fields["workers"]  # the device's

@@ -69,6 +69,38 @@ def _int(a: Array) -> Array:
     return a.astype(jnp.int32)
 
 
+class Order(NamedTuple):
+    """In which order output tiles are numbered: those of a group of columns for every `strands`-th
+    tile of tokens, then those of the next group; and all that again for the tiles in between.
+
+    Workers walk equal shares of it side by side. With more strands fewer groups are under way at a
+    time, so that a cache holds their weights, and all tokens are read more often.
+    """
+
+    tiles: int  # of tokens
+    groups: int
+    strands: int = 1
+
+    @property
+    def each(self) -> int:
+        """Tiles of a group in a strand."""
+        return self.tiles // self.strands
+
+    def group(self, tile: Any) -> Array:
+        return lax.rem(lax.div(tile, self.each), self.groups)
+
+    def token(self, tile: Any) -> Array:
+        """The tile of tokens."""
+        strand = lax.div(tile, self.each * self.groups)
+        return lax.rem(tile, self.each) * self.strands + strand
+
+    def starts(self, steps: Array) -> Array:
+        """From where the steps of each group begin for one tile to where they do in all strands."""
+        strands = jnp.arange(self.strands, dtype=jnp.int32)[:, None] * steps[-1]
+        starts = (strands + steps[None, :-1]).reshape(self.strands * self.groups)
+        return jnp.append(starts, self.strands * steps[-1]) * self.each
+
+
 class Piece(NamedTuple):
     """A part of one output tile, inside a kernel."""
 

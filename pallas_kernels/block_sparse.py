@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _ring, _workers
-from pallas_kernels.config import ROWS, SLICE, Config
+from pallas_kernels.config import ROWS, SLICE, Config, interleaved
 from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.lists import Steps, parts
 
@@ -43,14 +43,19 @@ def matmul(
     width_in, width_out = values.shape[:0:-1] if transpose else values.shape[1:]
     rows = config.cluster * config.tile  # of an output tile, for all programs of a cluster
     groups, tiles = -(-blocks // config.columns), n // rows
+    x_bytes, value_bytes = x.size * x.dtype.itemsize, values.size * values.dtype.itemsize
+    strands = interleaved(tiles, groups, config.workers, x_bytes, value_bytes)
+    order = _workers.Order(tiles, groups, strands)
     of_group = steps.ptr[:: len(parts(config.columns))] * (width_in // config.depth)
     starts = of_group + jnp.arange(groups + 1, dtype=jnp.int32)  # one more for each, to write
-    shares = _workers.shares(starts * tiles, tiles, config.workers, split=config.split)
+    starts = order.starts(starts)
+    shares = _workers.shares(starts, order.each, config.workers, split=config.split)
     run = plgpu.kernel(
         functools.partial(
             _matmul,
             config=config,
             epilogue=epilogue,
+            order=order,
             width_in=width_in,
             blocks=blocks,
             transpose=transpose,
@@ -72,13 +77,13 @@ def matmul(
     *outs, pieces = run(x, values, *steps, shares.spans, *operands)
 
     def write(tile, row, sums, outs, operands, staging, barriers):
-        start = lax.rem(tile, tiles) * rows + row
+        start = order.token(tile) * rows + row
         staging = _ring.Slots(staging)
 
         def one(sums, block):
             epilogue.write(sums, start, block, outs, operands, staging, barriers.at[0])
 
-        _each(sums, lax.div(tile, tiles), config.columns, blocks, one)
+        _each(sums, order.group(tile), config.columns, blocks, one)
 
     scratch = epilogue.scratch(ROWS, width_out, out_dtype, 1, config.columns)
     return _workers.join(tuple(outs), pieces, shares, config, write, scratch, *operands)
@@ -103,6 +108,7 @@ def _matmul(
     *rest,
     config: Config,
     epilogue: Epilogue,
+    order: _workers.Order,
     width_in: int,
     blocks: int,
     transpose: bool,
@@ -111,14 +117,14 @@ def _matmul(
     operands, outs = rest[: epilogue.operands], rest[epilogue.operands :]
     _, height, width = pieces.shape
     columns, width_out = config.columns, width // config.columns
-    depth, tile, tiles = config.depth, config.tile, x.shape[0] // height
+    depth, tile = config.depth, config.tile
     rows, cut, kinds = tile // config.warpgroups, width_in // depth, parts(columns)
     worker, below, together = lax.axis_index("worker"), 0, None
     if config.cluster > 1:
         below, together = lax.axis_index("cluster") * tile, "cluster"
 
     def products(tile):
-        first = lax.div(tile, tiles) * len(kinds)
+        first = order.group(tile) * len(kinds)
         return (ptr[first + len(kinds)] - ptr[first]) * cut
 
     def walk(body):
@@ -126,7 +132,7 @@ def _matmul(
 
     def spans_of(at: _workers.Piece):
         """For each kind of part, those of its steps that belong to a piece."""
-        first = lax.div(at.tile, tiles) * len(kinds)
+        first = order.group(at.tile) * len(kinds)
         ends = [ptr[first + i] * cut for i in range(len(kinds) + 1)]
         begin, end = ends[0] + at.first, ends[0] + at.last
         for i, kind in enumerate(kinds):
@@ -138,7 +144,7 @@ def _matmul(
 
     def load(x_tiles, v_tiles, ring):
         def piece(at: _workers.Piece, turn):
-            tokens = pl.ds(lax.rem(at.tile, tiles) * height + below, tile)
+            tokens = pl.ds(order.token(at.tile) * height + below, tile)
             for (first, width), low, high in spans_of(at):
 
                 def step(s, turn, first=first, width=width):
@@ -193,13 +199,13 @@ def _matmul(
 
             @pl.when(at.whole)
             def _():
-                row = lax.rem(at.tile, tiles) * height + below + warpgroup * rows
+                row = order.token(at.tile) * height + below + warpgroup * rows
                 own = (_ring.Slots(staging.at[:, mine]), barriers.at[warpgroup])
 
                 def one(sums, block):
                     epilogue.write(sums, row, block, tuple(outs), tuple(operands), *own)
 
-                _each(sums, lax.div(at.tile, tiles), columns, blocks, one)
+                _each(sums, order.group(at.tile), columns, blocks, one)
 
             own = pl.ds(below + warpgroup * rows, rows)
             _workers.keep(sums, at, worker, pieces, own, config)

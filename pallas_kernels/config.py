@@ -14,11 +14,13 @@ SHARED_MEMORY = 232_448 - 4_096  # bytes of a Hopper multiprocessor, less what b
 ROWS = 64  # of a product of the tensor cores
 ACCUMULATOR = 128 * 128  # float32 numbers that the registers of a warpgroup hold
 SLICE = 64  # columns of an output tile that are staged at a time
+CACHE = 24e6  # bytes that a Hopper GPU keeps of what all multiprocessors read: half of its L2
+WINDOW = 0.3  # of a tile of x: programs walk it together
 SLICES = 4096  # of a sampled axis: a list of them has to fit in shared memory
 MULTIPROCESSORS = 132  # of an H200
 MOST_STEPS = 2**31 - 1  # they are counted in int32
 COLUMNS = (1, 2, 4)
-TABLES = 4e10  # FLOPs in whose time on an H200 a few small kernels would be felt
+DENSE = 0.4  # from here on a row of one block-column is often one of its neighbour
 ENOUGH = 3  # stages: fewer are worse than waiting for a slot
 STAGES = 8  # at most; what is best is for the tuner to find
 # what was tuned stands for sizes near it
@@ -75,14 +77,13 @@ def for_matmul(
     out_bytes: int,
     workers: int = MULTIPROCESSORS,
     *,
-    capacity: int = 0,
-    ordered: bool = False,
+    density: float = 0,
     tuned: Key | None = None,
 ) -> Config:
-    """For `n` tokens, blocks (features in, features out) and so many slots: as `tuned`, if the
-    table has it. `ordered` slots need no tables as long as output blocks are taken one by one."""
+    """For `n` tokens, blocks (features in, features out) and stored shares of them: as `tuned`, if
+    the table has it."""
     width_in, width_out = block
-    columns = _columns(n, block, capacity, ordered)
+    columns = _columns(n, width_out, density)
     tile, warpgroups = _tile(width_out * columns), 2
     if n <= ROWS:
         tile, warpgroups = ROWS, 1
@@ -95,6 +96,9 @@ def for_matmul(
     )
     if n > ROWS and _padding(n, config) > 1.25:
         config = dataclasses.replace(config, tile=2 * ROWS)
+    pair = dataclasses.replace(config, cluster=2, workers=workers // 2)
+    if width_out * columns >= 2 * ROWS and n > ROWS and _padding(n, pair) <= 1.1:
+        config = pair
     return _looked_up(tuned, n, block, out_bytes, workers) or staged(config, width_out, out_bytes)
 
 
@@ -103,13 +107,25 @@ def _tile(width: int) -> int:
     return 2 * max(ROWS, min(128, ACCUMULATOR // width))
 
 
-def _columns(n: int, block: tuple[int, int], capacity: int, ordered: bool) -> int:
-    """As many output blocks as leave a tile its tokens: what a pattern does not share costs nothing
-    then. Making the tables takes a while, which has to be a small part of the whole."""
-    small = 2 * n * capacity * block[0] * block[1] < TABLES
-    if n <= ROWS or (ordered and small):
+def _columns(n: int, width: int, density: float) -> int:
+    """Output blocks side by side: as many as make a tile of 64 columns, or of 128 where neighbours
+    share many rows. Measured on an H100."""
+    if n <= ROWS:
         return 1
-    return max(one for one in COLUMNS if one == 1 or one * block[1] <= 2 * ROWS)
+    target = 2 * ROWS if density >= DENSE else ROWS
+    return max(one for one in COLUMNS if one == 1 or one * width <= target)
+
+
+def interleaved(tiles: int, groups: int, workers: int, x_bytes: int, value_bytes: int) -> int:
+    """Into how many strands to cut the tiles of tokens (see `_workers.Order`): as few as leave what
+    is under way in a cache, the values of the groups and what is about to be read of x."""
+
+    def cached(strands: int) -> float:
+        under_way = min(1, workers / (strands * groups))
+        return value_bytes * under_way + WINDOW * strands * x_bytes / tiles
+
+    every = [strands for strands in (1, 2, 4, 8, 16) if tiles % strands == 0]
+    return next((one for one in every if cached(one) <= CACHE), min(every, key=cached))
 
 
 def for_sddmm(
@@ -171,15 +187,14 @@ def candidates(
     out_bytes: int,
     workers: int = MULTIPROCESSORS,
     *,
-    capacity: int = 0,
+    density: float = 0,
 ) -> Iterator[Config]:
     """Configurations worth timing: the heuristic's first, then those one step away from it and
     each other."""
     if operation == "sddmm":
         heuristic = for_sddmm(block, out_bytes, workers)
     else:
-        options = {"capacity": capacity, "ordered": operation == "matmul"}
-        heuristic = for_matmul(n, block, out_bytes, workers, **options)
+        heuristic = for_matmul(n, block, out_bytes, workers, density=density)
     # 40 registers of a thread for loads and 232 for products leave no room for a third warpgroup
     shapes = [(2, 64), (2, 128), (1, 128), (1, 64), (2, 256), (1, 256)]
     tiles = [

@@ -232,7 +232,7 @@ def run(
         bytes_ = jnp.dtype(problem.dtype).itemsize
         workers = device.core_count if device.platform == "gpu" else config.MULTIPROCESSORS
         sizes = (problem.tokens, problem.sizes, bytes_, workers)
-        found = [*config.candidates(problem.operation, *sizes, capacity=problem.stored)]
+        found = [*config.candidates(problem.operation, *sizes, density=problem.density)]
         measured = times(problem, found, until)
         if line := tuned(problem, device.device_kind, measured):
             save(path, merged(lines, line))

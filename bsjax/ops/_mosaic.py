@@ -141,8 +141,8 @@ def _matmul(
     def run(*args: Array) -> tuple[Array, ...]:
         op = "matmul transposed" if transpose else "matmul"
         n, bytes_ = args[0].shape[0], jnp.dtype(out_dtype).itemsize
-        options = {"capacity": p.capacity, "ordered": not transpose}
-        options |= {"tuned": _key(op, args[0], sizes, p.capacity / math.prod(p.grid))}
+        density = p.capacity / math.prod(p.grid)
+        options = {"density": density, "tuned": _key(op, args[0], sizes, density)}
         chosen = _unsplit(config.for_matmul(n, sizes, bytes_, multiprocessors(), **options))
         tile = chosen.tile * chosen.cluster
         args = _alike(*(_padded(a, tile) for a in args[: len(tokens)]), *args[len(tokens) :])

@@ -91,9 +91,9 @@ def test_matmul_and_its_derivatives(block, n, dtype):
 
 @pytest.mark.parametrize("side", [64, *(pytest.param(s, marks=pytest.mark.slow) for s in (16, 32))])
 def test_output_blocks_that_share_what_is_read(side):
-    """At this density the heuristic takes groups of them, forward too."""
-    half = {"capacity": (8192 // side) ** 2 // 2, "ordered": True}
-    assert config.for_matmul(8192, (side, side), 2, **half).columns == min(4, 128 // side)
+    """At this density the heuristic takes groups of them, and programs in pairs."""
+    chosen = config.for_matmul(8192, (side, side), 2, density=0.5)
+    assert (chosen.columns, chosen.cluster) == (min(4, 128 // side), 1 + (side > 16))
     compiles((side, side), 8192, bf16, 0.5)
 
 

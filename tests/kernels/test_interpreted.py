@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import bsjax
 from bsjax.ops import _mosaic
-from pallas_kernels import config
+from pallas_kernels import block_sparse, config
 from tests.helpers import Case, assert_close, hub_mask, islands_mask, kept, products, random_mask
 
 pytestmark = pytest.mark.interpreted
@@ -129,6 +129,13 @@ def test_programs_that_share_what_is_read(name, columns, monkeypatch):
     monkeypatch.setattr(config, "for_matmul", in_clusters)
     jax.clear_caches()
     conforms(GROUPS[name])
+
+
+def test_strands_of_tokens(monkeypatch):
+    """Tiles in another order, some of them cut between workers."""
+    monkeypatch.setattr(block_sparse, "interleaved", lambda *_: 2)
+    jax.clear_caches()
+    conforms(Case(mask=random_mask(3, 3, 0.3), block=64, n=500))
 
 
 @pytest.mark.parametrize("n", [0, 5])

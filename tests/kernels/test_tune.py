@@ -21,11 +21,11 @@ SMALL = Problem(operation="matmul", block=(32, 16), density=0.5, tokens=100, sha
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 def test_every_candidate_fits(operation, block):
     for n in (1, 64, 100, 8192):
-        found = list(config.candidates(operation, n, block, 2, workers=7, capacity=99))
+        found = list(config.candidates(operation, n, block, 2, workers=7, density=0.5))
         heuristic = (
             config.for_sddmm(block, 2, 7)
             if operation == "sddmm"
-            else config.for_matmul(n, block, 2, 7, capacity=99, ordered=operation == "matmul")
+            else config.for_matmul(n, block, 2, 7, density=0.5)
         )
         assert found[0] == heuristic
         assert len(set(found)) == len(found)
@@ -48,7 +48,7 @@ def test_every_candidate_fits(operation, block):
     ],
 )
 def test_what_does_not_fit_says_why(operation, changes, reason):
-    one = dataclasses.replace(config.for_matmul(8192, (128, 64), 2, ordered=True), **changes)
+    one = dataclasses.replace(config.for_matmul(8192, (128, 64), 2), **changes)
     assert reason in str(config.misfit(operation, one, (128, 64), 2))
 
 

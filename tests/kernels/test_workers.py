@@ -105,3 +105,35 @@ def fits(chosen, width, out_bytes):
         and chosen.stages >= 2
         and staged + out <= config.SHARED_MEMORY
     )
+
+
+@pytest.mark.parametrize(
+    ("tiles", "groups", "strands"), [(1, 1, 1), (6, 5, 1), (6, 5, 2), (8, 3, 8)]
+)
+def test_an_order_has_every_tile_once(tiles, groups, strands):
+    """And as many steps before each as all tiles before it take."""
+    order = _workers.Order(tiles, groups, strands)
+    numbers = jnp.arange(tiles * groups)
+    group, token = np.asarray(order.group(numbers)), np.asarray(order.token(numbers))
+    assert sorted(zip(group, token, strict=True)) == [
+        (g, t) for g in range(groups) for t in range(tiles)
+    ]
+    each = np.arange(1, groups + 1) ** 2  # steps
+    steps = jnp.asarray(np.append(0, each.cumsum()), jnp.int32)
+    before = np.append(0, each[group].cumsum())
+    np.testing.assert_array_equal(order.starts(steps), before[:: tiles // strands])
+    # tiles that are walked one after the other are of one group, `strands` apart
+    one = token[: tiles // strands]
+    np.testing.assert_array_equal(np.diff(one), strands)
+
+
+def test_strands_keep_what_is_under_way_in_a_cache():
+    """8192 x 8192 in groups of 128 columns, x 134 MB."""
+    x = 2 * 8192**2
+
+    def strands(density):
+        return config.interleaved(32, 64, 132, x, round(density * x))
+
+    assert [strands(density) for density in (0.05, 0.1, 0.25, 0.5)] == [1, 1, 4, 8]
+    assert config.interleaved(1, 64, 132, x, x) == 1
+    assert config.interleaved(6, 128, 132, x // 16, 3 * x) == 2
