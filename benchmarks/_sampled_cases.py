@@ -23,6 +23,7 @@ PARTS = ("layer", "forward", "dx", "dw", "sampler", "gather")
 FRACTIONS = (0.25, 0.5, 0.1)
 SPEEDUP = {0.25: 3.0, 0.5: 1.7, 0.1: 6.0}  # on a GPU, wanted of blocks of 64 and 128
 GPU_SIDE, CPU_SIDE = 8192, 2048
+SLICE = 256  # tokens and features that scores are estimated from
 WIDE = 256  # columns of a product that keep the tensor cores busy
 
 
@@ -38,17 +39,19 @@ class SampledCase:
     tokens: int = GPU_SIDE
     shape: tuple[int, int] = (GPU_SIDE, GPU_SIDE)
     dtype: str = "bfloat16"
+    score_slice: int | None = None  # scores are estimated from so many neighbours
 
     @property
     def name(self) -> str:
         (k, m), how = self.shape, f"{self.policy} {self.sampler} {self.implementation}"
+        how += f" slice {self.score_slice}" if self.score_slice else ""
         size = f"{self.tokens} tokens {k}x{m} {self.dtype}"
         return f"{size} block {self.block} {self.fraction:g} {how}"
 
     @property
     def options(self) -> dict[str, Any]:
         """Arguments of `sampled_matmul`."""
-        names = ("block", "fraction", "sampler", "policy", "implementation")
+        names = ("block", "fraction", "sampler", "policy", "implementation", "score_slice")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -56,7 +59,8 @@ class SampledCase:
         """Those that can be timed by themselves."""
         if self.policy != "forward":
             return PARTS[:4]
-        return PARTS if self.implementation == "xla" else PARTS[:5]
+        found = PARTS if self.implementation == "xla" else PARTS[:5]
+        return tuple(one for one in found if one != "sampler" or not self.score_slice)
 
     def sampled(self, length: int) -> int:
         """How much of an axis is computed."""
@@ -88,6 +92,7 @@ def on_gpu() -> list[SampledCase]:
     """Of groups of one, which no kernel reads, only what their copies cost."""
     forward, blocks, quarter = POLICIES[:1], (64, 128), FRACTIONS[:1]
     found = [*grid(forward, ("systematic",), ("mosaic",), FRACTIONS, blocks)]
+    found.append(SampledCase(block=64, fraction=0.1, score_slice=SLICE))
     found.append(SampledCase(block=1, fraction=0.25, implementation="xla"))
     found += grid(forward, ("systematic",), ("xla",), FRACTIONS, blocks)
     found += grid(forward, ("uniform",), ("mosaic",), quarter, blocks)
@@ -135,7 +140,8 @@ def _works(case: SampledCase) -> dict[str, list[Work]]:
         return [_moved(case, sum(numbers))]
 
     def scored(*numbers: int) -> list[Work]:
-        return [] if case.sampler == "uniform" else moved(*numbers)
+        free = case.sampler == "uniform" or case.score_slice
+        return [] if free else moved(*numbers)
 
     copies = case.implementation == "xla"
     tokens = case.sampled(n)

@@ -31,6 +31,13 @@ CPU_BREAK_EVEN = {
     "matmul": {8: 0.12, 16: 0.3, 32: 0.42, 64: 0.6, 128: 0.7},
     "sddmm": {8: 0.12, 16: 0.3, 32: 0.42, 64: 0.5, 128: 0.6},
 }
+# The same of the kernels on a Hopper GPU, in 16 bits: `python -m benchmarks.gpu` on an H100, with
+# 8192 tokens. Products smaller than `GPU_FLOPS` were not measured and run dense, as do short blocks.
+GPU_BREAK_EVEN = {
+    "matmul": {32: 0.15, 64: 0.45, 128: 0.6},
+    "sddmm": {64: 0.33, 128: 0.6},
+}
+GPU_FLOPS = 2e11
 # Making the dense matrix costs as much as multiplying this many tokens by it.
 TODENSE_TOKENS = {"matmul": 64, "sddmm": 0}
 # A turn of a loop over block-columns costs as much as so much work of the dense product.
@@ -50,17 +57,22 @@ def check(wanted: str, problem: Problem) -> None:
 
 
 def fastest(problem: Problem, platform: str) -> str:
-    """What `auto` runs on a platform.
+    """What `auto` runs on a platform: "cpu", "cuda" (with kernels that can run) or another.
 
     Loops over stored blocks were measured on CPUs only; elsewhere the dense product is what is
-    known not to be slow, until there is a kernel.
+    known not to be slow.
     """
+    (r, c), (br, bc) = problem.grid, problem.block
+    flops = max(1, 2 * problem.n * r * br * c * bc)
+    if platform == "cuda":
+        table = GPU_BREAK_EVEN[problem.op]
+        side = max((s for s in table if s <= min(problem.block)), default=0)
+        worth = flops >= GPU_FLOPS and problem.density <= table.get(side, 0)
+        return "mosaic" if worth else "dense"
     if platform != "cpu":
         return "dense"
     table = CPU_BREAK_EVEN[problem.op]
     side = max((s for s in table if s <= min(problem.block)), default=min(table))
-    (r, c), (br, bc) = problem.grid, problem.block
-    flops = max(1, 2 * problem.n * r * br * c * bc)
     # times over that of the product with a stored dense weight
     stored = problem.density / table[side] + LOOP_FLOPS * max(r, c) / flops
     dense = 1 + TODENSE_TOKENS[problem.op] / max(1, problem.n)

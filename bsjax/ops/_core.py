@@ -122,12 +122,14 @@ def _stage(spec: Spec, op: str, x: Array, p: BlockPattern, run: Callable[..., Ar
         capacity=p.capacity,
         dtype=x.dtype,
     )
-    cpu, other = fastest(problem, "cpu"), fastest(problem, "other")
-    if cpu == other:
-        return functools.partial(run, cpu)
-    return lambda *args: jax.lax.platform_dependent(
-        *args, cpu=functools.partial(run, cpu), default=functools.partial(run, other)
-    )
+    names = {platform: fastest(problem, platform) for platform in ("cpu", "default")}
+    # a program for a GPU that is compiled elsewhere cannot know which it will be
+    if jax.default_backend() == "gpu" and _mosaic.why_not(problem) is None:
+        names["cuda"] = fastest(problem, "cuda")
+    runs = {platform: functools.partial(run, name) for platform, name in names.items()}
+    if len(set(names.values())) == 1:
+        return runs["cpu"]
+    return lambda *args: jax.lax.platform_dependent(*args, **runs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

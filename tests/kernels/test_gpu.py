@@ -185,6 +185,14 @@ def test_patterns_are_data():
     assert len(traces) == 1
 
 
+@pytest.mark.parametrize(("density", "kernels"), [(0.1, 3), (0.7, 0)])
+def test_auto_takes_the_kernels_where_they_are_faster(density, kernels):
+    """Forward and backward, by what was measured."""
+    inputs = big(64, density, n=4096, side=8192).inputs(bf16)
+    step = jax.jit(functools.partial(products, implementation="auto"))
+    assert step.lower(inputs).compile().as_text().count('custom_call_target="mosaic') == kernels
+
+
 def test_vmap_over_everything():
     case = Case(mask=random_mask(8, 8, 0.5), block=64, n=256)
     inputs = case.inputs(bf16)

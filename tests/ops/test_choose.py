@@ -53,6 +53,17 @@ def test_odd_blocks_count_by_their_shorter_side(op):
             assert got == want
 
 
+@pytest.mark.parametrize("op", ["matmul", "sddmm"])
+def test_kernels_where_they_were_measured_to_be_faster(op):
+    def chosen(**sizes):
+        return fastest(problem(op, **{"n": 8192, "blocks": 8192 // sizes["block"]} | sizes), "cuda")
+
+    assert chosen(block=64, density=0.1) == chosen(block=128, density=0.5) == "mosaic"
+    assert chosen(block=64, density=0.5) == chosen(block=128, density=0.7) == "dense"
+    assert chosen(block=8, density=0.01) == chosen(block=64, density=0.1, n=64) == "dense"
+    assert fastest(problem(op, n=8192, density=0.1), "rocm") == "dense"
+
+
 def test_small_products_are_not_worth_a_loop():
     small = problem(n=600, density=0.25, block=16, blocks=8)
     assert fastest(small, "cpu") == "dense"
