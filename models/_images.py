@@ -53,14 +53,14 @@ def load(folder: Path | None, *, test: bool) -> Images:
 
 def _bundled() -> tuple[Split, Split]:
     try:
-        from sklearn.datasets import load_digits  # pyright: ignore
+        from sklearn.datasets import load_digits
     except ImportError:
         raise Mistake(
             "the digits come with scikit-learn, which is not installed: pip install scikit-learn, "
             "or give a folder with MNIST by --data"
         ) from None
-    digits = load_digits()
-    x, y = (digits.data / 16).astype(np.float32), digits.target.astype(np.int32)
+    images, digits = map(np.asarray, load_digits(return_X_y=True))
+    x, y = (images / 16).astype(np.float32), digits.astype(np.int32)
     # in the order of the file writers would differ between the parts: a harder and a noisier test
     order = np.random.default_rng(0).permutation(len(y))
     train, test = order[:1437], order[1437:]
