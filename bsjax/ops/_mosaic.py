@@ -197,9 +197,9 @@ def sddmm(
 
 def why_not_gathered(dtypes: tuple[Any, Any], block: int, features: int) -> str | None:
     """The reason why no kernel can sample so many features by blocks of that size, or None."""
-    names = {jnp.dtype(dtype).name for dtype in dtypes}
-    if len(names) > 1 or not names <= {"bfloat16", "float16"}:
-        return f"there are kernels for bfloat16 and float16, both operands alike, not for {names}"
+    x, w = (jnp.dtype(dtype).name for dtype in dtypes)
+    if x != w or x not in ("bfloat16", "float16"):
+        return f"kernels multiply bfloat16 or float16, x and w alike, and these are {x} and {w}"
     if block % config.SLICE:
         return f"kernels read slices of {config.SLICE} features, and `block` is {block}"
     if features // config.SLICE > config.SLICES:

@@ -157,6 +157,10 @@ def test_shard_map(policy):
 X, W = jnp.ones((5, 24)), jnp.ones((24, 16))
 call = functools.partial(bsjax.sampled_matmul, X, W, key=KEY, fraction=0.5)
 HALF = {"key": KEY, "fraction": 0.5}
+SHORT, LONG = (
+    (jnp.ones((8, k), jnp.bfloat16), jnp.ones((k, 8), jnp.bfloat16)) for k in (128, 64 * 4097)
+)
+kernel = functools.partial(bsjax.sampled_matmul, **HALF, implementation="mosaic")
 TAKE_AUTO = 'Use implementation="auto", which takes the fastest that can.'
 
 WRONG = {
@@ -225,8 +229,38 @@ WRONG = {
     "no kernel": (
         lambda: call(implementation="mosaic"),
         ValueError,
-        'sampled_matmul: implementation="mosaic" cannot run here: there are kernels for '
-        + TAKE_AUTO,
+        'sampled_matmul: implementation="mosaic" cannot run here: kernels multiply bfloat16 or '
+        "float16, x and w alike, and these are float32 and float32. " + TAKE_AUTO,
+    ),
+    "no kernel for such blocks": (
+        lambda: kernel(*SHORT, block=8),
+        ValueError,
+        'sampled_matmul: implementation="mosaic" cannot run here: kernels read slices of 64 '
+        "features, and `block` is 8. " + TAKE_AUTO,
+    ),
+    "no kernel for such a policy": (
+        lambda: kernel(*SHORT, block=64, policy="weight"),
+        ValueError,
+        'sampled_matmul: implementation="mosaic" cannot run here: kernels sample the features of '
+        'policy="forward" only. ' + TAKE_AUTO,
+    ),
+    "no kernel for a random size": (
+        lambda: kernel(*SHORT, block=64, sampler="bernoulli"),
+        ValueError,
+        'sampled_matmul: implementation="mosaic" cannot run here: the size of a sample of '
+        '"bernoulli" is random, and shapes are not. ' + TAKE_AUTO,
+    ),
+    "too long a list": (
+        lambda: kernel(*LONG, block=64),
+        ValueError,
+        'sampled_matmul: implementation="mosaic" cannot run here: 262208 features are more than '
+        "the 262144 of a list. " + TAKE_AUTO,
+    ),
+    "without a GPU": (
+        lambda: kernel(*SHORT, block=64),
+        ValueError,
+        'sampled_matmul: implementation="mosaic" cannot run here: it needs a Hopper GPU, and JAX '
+        "found cpu only. " + TAKE_AUTO,
     ),
     "random size": (
         lambda: call(implementation="xla", sampler="bernoulli"),
