@@ -6,7 +6,7 @@ import math
 import struct
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -59,7 +59,7 @@ def _bundled() -> tuple[Split, Split]:
             "the digits come with scikit-learn, which is not installed: pip install scikit-learn, "
             "or give a folder with MNIST by --data"
         ) from None
-    digits = load_digits()
+    digits: Any = load_digits()
     x, y = (digits.data / 16).astype(np.float32), digits.target.astype(np.int32)
     # in the order of the file writers would differ between the parts: a harder and a noisier test
     order = np.random.default_rng(0).permutation(len(y))
