@@ -1,12 +1,10 @@
-"""An MLP trained by one of several methods: its products, what they cost, and compiled programs.
+"""An MLP trained by one of several methods: its products and compiled programs.
 
 A program trains all seeds at once on data that stays on the device, and runs from one step to
 another without Python in between. Only what decides its shapes is static: the method and the width.
 """
 
-import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,99 +16,9 @@ from jax import lax
 import bsjax
 from models import baselines
 from models._images import CLASSES
+from models._mlp_methods import MEPROP, POLICIES, Method, Training, taken
 
-POLICIES = ("forward", "backward", "weight")
-SAMPLERS = (
-    "systematic",
-    "uniform",
-    "with_replacement",
-    "bernoulli",
-    "priority",
-    "top_k",
-    "wta",
-)
-MEPROP = ("meProp", "meProp by rows")
-NOISES = ("gradient noise", "input noise", "weight noise")
 type Parameters = Sequence[tuple[jax.Array, jax.Array]]  # w[k, m] and b[m] of each layer
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Method:
-    """How the layers below the classifier are trained; the classifier is always exact.
-
-    `fraction`, `sampler` and `block` belong to a policy of `bsjax.sampled_matmul`, a fraction also
-    to meProp; `strength` is the eta of gradient noise, or a deviation.
-    """
-
-    kind: str = "dense"
-    fraction: float = 1.0
-    sampler: str = ""
-    block: int = 1
-    strength: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Training:
-    """What all methods share."""
-
-    layers: int  # hidden ones
-    batch: int
-    optimizer: str
-    learning_rate: float
-    weight_decay: float
-
-    def sizes(self, inputs: int, width: int) -> list[tuple[int, int]]:
-        """Features in and out of each layer."""
-        features = [inputs, *[width] * self.layers, CLASSES]
-        return list(itertools.pairwise(features))
-
-
-# -------------------------------------------------------------------------------------- the costs
-
-
-def taken(fraction: float, groups: int) -> int:
-    """How many of some groups a fraction is."""
-    return max(1, round(fraction * groups))
-
-
-def flops(method: Method, sizes: Sequence[tuple[int, int]], batch: int) -> float:
-    """Floating-point operations of one step: all products that are needed, and the norms that
-    samples are drawn by.
-
-    A layer has the product forward, dw and, but for the first layer, dx. Of a sampled one the terms
-    that count are counted, also where an implementation multiplies the others by zero. Sorting,
-    activations and the optimizer are left out: they are the same order for all methods, and small.
-    """
-    total, n = 0.0, batch
-    for i, (k, m) in enumerate(sizes):
-        product, first, last = 2.0 * n * k * m, i == 0, i == len(sizes) - 1
-        y, dw, dx, scores = 1.0, 1.0, float(not first), 0.0
-        if method.fraction < 1 and not last:
-            unscored = method.sampler == "uniform"
-            if method.kind == "forward":
-                y = dw = _share(method, k)
-                dx *= y
-                scores = 2.0 * (n * k + k * m)
-            elif method.kind == "backward":
-                dw = _share(method, n)
-                scores = 2.0 * (n * k + n * m) + dx * 2 * (n * m + k * m)
-                dx *= _share(method, m)
-            elif method.kind == "weight":
-                dw, scores = _share(method, n), 2.0 * n * k
-            else:
-                dw = taken(method.fraction, m) / m
-                dx, scores = dx * dw, 1.0 * n * m
-            scores *= not unscored
-        if method.kind == "direct feedback":
-            # in the place of dx the error comes down through fixed weights
-            dx, scores = 0.0, 0.0 if last else 2.0 * n * sizes[-1][1] * m
-        total += product * (y + dw + dx) + scores
-    return total
-
-
-def _share(method: Method, length: int) -> float:
-    groups = -(-length // method.block)
-    return taken(method.fraction, groups) / groups
 
 
 # ------------------------------------------------------------------------------------ the network
@@ -186,22 +94,33 @@ def optimizer(method: Method, training: Training, key: Any) -> optax.GradientTra
 # ----------------------------------------------------------------------------------- the programs
 
 
-def start(method: Method, training: Training, keys: jax.Array, sizes: Sequence[Any]) -> Any:
-    """Parameters, moments and feedback matrices, for each of the keys."""
+def start(
+    method: Method, training: Training, keys: jax.Array, sizes: Sequence[tuple[int, int]]
+) -> Any:
+    """Parameters, their average, moments and feedback matrices, for each of the keys."""
     parameters = _initial(tuple(sizes), keys)
-    widths = [m for _, m in sizes[:-1]] if method.kind == "direct feedback" else []
-
-    def rest(key: jax.Array, parameters: Parameters) -> Any:
-        own = jax.random.fold_in(key, 3)
-        feedback = baselines.feedback_matrices(own, CLASSES, widths)
-        return optimizer(method, training, own).init(parameters), feedback
-
-    return parameters, *jax.vmap(rest)(keys, parameters)
+    averaged = _initial(tuple(sizes), keys) if training.average else ()  # buffers of its own
+    return parameters, averaged, *_moments(method, training, tuple(sizes), keys, parameters)
 
 
 @functools.partial(jax.jit, static_argnums=0)  # once for a width, whatever the method
 def _initial(sizes: Any, keys: jax.Array) -> Parameters:
     return jax.vmap(lambda key: initial(key, sizes))(keys)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _moments(
+    method: Method, training: Training, sizes: Any, keys: jax.Array, parameters: Parameters
+) -> Any:
+    """And the feedback matrices."""
+    widths = [m for _, m in sizes[:-1]] if method.kind == "direct feedback" else []
+
+    def one(key: jax.Array, parameters: Parameters) -> Any:
+        own = jax.random.fold_in(key, 3)
+        feedback = baselines.feedback_matrices(own, CLASSES, widths)
+        return optimizer(method, training, own).init(parameters), feedback
+
+    return jax.vmap(one)(keys, parameters)
 
 
 class Programs(NamedTuple):
@@ -225,14 +144,20 @@ def compile_programs(
     data: Sequence[jax.Array],
     held: Sequence[jax.Array],
 ) -> Programs:
-    """What trains with a method, for images and labels of the shapes of `data` and `held`."""
-    sizes = training.sizes(data[0].shape[1], width)
+    """What trains with a method, for images and labels of the shapes of `data` and `held`.
+
+    `start` and `share_right` are compiled as well, so that nobody waits for them.
+    """
+    sizes = tuple(training.sizes(data[0].shape[1], width))
     state = jax.eval_shape(lambda keys: start(method, training, keys, sizes), keys)
+    _initial.lower(sizes, keys).compile()
+    _moments.lower(method, training, sizes, keys, state[0]).compile()
     axes = (0, 0, None, None, None, None, None)
     run = jax.jit(jax.vmap(functools.partial(_train, method, training), axes), donate_argnums=0)
     step = jax.ShapeDtypeStruct((), jnp.int32)
     with jax.default_matmul_precision("highest"):  # as sampled products are
         train = run.lower(state, keys, *data, step, step, step).compile()
+        share_right.lower(Method(), training.batch, state[0], keys, *held).compile()
         if method.kind != "forward":
             return Programs(train, None)
         left_on = share_right.lower(method, training.batch, state[0], keys, *held)
@@ -257,7 +182,7 @@ def _train(
     order = jax.random.permutation(jax.random.fold_in(to_order, first // per_epoch), y.shape[0])
 
     def step(i: jax.Array, carry: Any) -> Any:
-        parameters, moments, feedback, total = carry
+        parameters, averaged, moments, feedback, total = carry
         index = lax.dynamic_slice_in_dim(order, i % per_epoch * batch, batch)
         own = jax.random.fold_in(to_steps, i)
         loss, gradient = loss_and_gradient(method, parameters, feedback, own, x[index], y[index])
@@ -265,7 +190,11 @@ def _train(
         done = i.astype(jnp.float32) / of.astype(jnp.float32)
         rate = training.learning_rate * 0.5 * (1 + jnp.cos(jnp.pi * done))
         parameters = jax.tree.map(lambda p, u: p - rate * u, parameters, updates)
-        return parameters, moments, feedback, total + loss
+        if training.average:
+            # the plain mean of the first steps: their initial value has no share in it
+            share = jnp.maximum(1 - training.average, 1 / (i.astype(jnp.float32) + 1))
+            averaged = optax.incremental_update(parameters, averaged, share)
+        return parameters, averaged, moments, feedback, total + loss
 
     *state, total = lax.fori_loop(first, last, step, (*state, jnp.float32(0)))
     return tuple(state), total / (last - first).astype(jnp.float32)

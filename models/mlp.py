@@ -26,8 +26,9 @@ import numpy as np
 from models import _cli as cli
 from models import _images as images
 from models import _mlp as net
+from models import _mlp_methods as methods
 from models._cli import Mistake, option
-from models._mlp import Method
+from models._mlp_methods import Method
 from models._mlp_report import report
 from models._runs import Runs, in_advance, whereabouts
 from models._train import CtrlC, Progress, output_folder
@@ -76,13 +77,19 @@ class Config:
     fractions: tuple[float, ...] = option(
         (), "of the other parts (default: 0.3 0.5, with --data 0.1 0.3 0.5)", above=0, most=1
     )
-    samplers: tuple[str, ...] = option(net.SAMPLERS, "compared", choices=net.SAMPLERS)
+    samplers: tuple[str, ...] = option(methods.SAMPLERS, "compared", choices=methods.SAMPLERS)
     block: int = option(1, "neighbours that are sampled together", least=1)
     epochs: int = option(0, "passes over the data; 0: 20", least=0)
     batch: int = option(0, "images per step; 0: 64, with --data 128", least=0)
     optimizer: str = option("adam", "momentum is Nesterov's, 0.9", choices=("adam", "momentum"))
     learning_rate: float = option(1e-3, "at first; it falls along a cosine", above=0)
     weight_decay: float = option(0.0, "decoupled", least=0)
+    average: float = option(
+        0.0,
+        "measure a moving average of the weights, which keeps so much in a step; 0: the last ones",
+        least=0,
+        most=1,
+    )
     gradient_eta: float = option(1e-6, "variance of gradient noise at the first step", least=0)
     input_deviation: float = option(0.2, "of input noise", least=0)
     weight_deviation: float = option(0.01, "of weight noise", least=0)
@@ -96,10 +103,10 @@ class Config:
             self, **{name: getattr(self, name) or value for name, value in chosen.items()}
         )
 
-    def training(self) -> net.Training:
+    def training(self) -> methods.Training:
         """What all methods share."""
-        names = [field.name for field in dataclasses.fields(net.Training)]
-        return net.Training(**{name: getattr(self, name) for name in names})
+        names = [field.name for field in dataclasses.fields(methods.Training)]
+        return methods.Training(**{name: getattr(self, name) for name in names})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,8 +128,8 @@ def sampled(config: Config, policy: str, fraction: float, sampler: str = DEFAULT
 
 def policies(config: Config, fraction: float) -> list[Method]:
     """The three policies and both forms of meProp."""
-    ours = [sampled(config, policy, fraction) for policy in net.POLICIES]
-    return ours + [Method(kind=kind, fraction=fraction) for kind in net.MEPROP]
+    ours = [sampled(config, policy, fraction) for policy in methods.POLICIES]
+    return ours + [Method(kind=kind, fraction=fraction) for kind in methods.MEPROP]
 
 
 def cases(config: Config, part: str, inputs: int, per_epoch: int) -> list[Case]:
@@ -130,8 +137,8 @@ def cases(config: Config, part: str, inputs: int, per_epoch: int) -> list[Case]:
     steps = config.epochs * per_epoch
     dense, goal = Method(), sampled(config, "forward", config.fraction)
 
-    def equal_steps(*methods: Method, width: int = config.width) -> list[Case]:
-        return [Case(method=method, width=width, steps=steps) for method in (dense, *methods)]
+    def equal_steps(*others: Method, width: int = config.width) -> list[Case]:
+        return [Case(method=method, width=width, steps=steps) for method in (dense, *others)]
 
     match part:
         case "goal":
@@ -142,22 +149,22 @@ def cases(config: Config, part: str, inputs: int, per_epoch: int) -> list[Case]:
             return equal_steps(*(m for f in config.fractions for m in policies(config, f)))
         case "flops":
             budget = steps * flops(config, goal, config.width, inputs)
-            methods = [dense, *(m for f in config.fractions for m in policies(config, f))]
+            compared = [dense, *(m for f in config.fractions for m in policies(config, f))]
             return [
                 Case(
                     method=m,
                     width=config.width,
                     steps=max(1, round(budget / flops(config, m, config.width, inputs))),
                 )
-                for m in methods
+                for m in compared
             ]
         case "samplers" | "cross":
-            chosen = net.POLICIES[:1] if part == "samplers" else net.POLICIES[1:]
+            chosen = methods.POLICIES[:1] if part == "samplers" else methods.POLICIES[1:]
             every = [(p, f, s) for p in chosen for s in config.samplers for f in config.fractions]
             return equal_steps(*(sampled(config, p, f, s) for p, f, s in every))
         case _:
             strengths = config.gradient_eta, config.input_deviation, config.weight_deviation
-            noises = zip(net.NOISES, strengths, strict=True)
+            noises = zip(methods.NOISES, strengths, strict=True)
             noisy = [Method(kind=kind, strength=strength) for kind, strength in noises]
             return equal_steps(goal, *noisy, Method(kind="direct feedback"))
 
@@ -207,7 +214,8 @@ def train(config: Config, wanted: list[Case], data: images.Images, runs: Runs, w
         for what in ((method, config.training(), width) for method, width in left)
     )
     progress = Progress(steps, tokens=config.batch * len(keys), unit="images")
-    workers, done = min(8, os.cpu_count() or 1), 0
+    # few: Python traces one program at a time, and training waits for the first of them
+    workers, done = min(3, os.cpu_count() or 1), 0
     with CtrlC() as stop, progress, in_advance(compiling, workers) as compiled:
         for programs, cases in zip(compiled, left.values(), strict=True):
             for case in cases:
@@ -245,7 +253,7 @@ def epochs(
     for first in range(0, case.steps, per_epoch):
         last = min(first + per_epoch, case.steps)
         state, losses = run(state, keys, *data, *map(jnp.int32, (first, last, case.steps)))
-        yield state[0], np.asarray(losses), last
+        yield state[1] or state[0], np.asarray(losses), last
 
 
 def number(value: np.ndarray) -> float | None:
@@ -255,7 +263,7 @@ def number(value: np.ndarray) -> float | None:
 
 def flops(config: Config, method: Method, width: int, inputs: int) -> float:
     """Of one step."""
-    return net.flops(method, config.training().sizes(inputs, width), config.batch)
+    return methods.flops(method, config.training().sizes(inputs, width), config.batch)
 
 
 def title(method: Method) -> str:
@@ -280,17 +288,23 @@ def main(argv: list[str] | None = None) -> int:
     runs = Runs(config.out / "mlp.jsonl", resume=config.resume)
     where = whereabouts(cli.shell_command("models.mlp", given))
     whole = train(config, wanted, data, runs, where)
-    if not whole:
-        again = cli.shell_command("models.mlp", dataclasses.replace(given, resume=True))
-        print(f"Stopped. The results are in {runs.path}; go on with\n  {again}")
-        return cli.INTERRUPTED
-    seeds = range(config.seed, config.seed + config.seeds)
+    seeds, digest = range(config.seed, config.seed + config.seeds), data.digest
     results = {
-        case: [runs.get(settings(config, case, data.digest, seed)) or {} for seed in seeds]
+        case: [one for seed in seeds if (one := runs.get(settings(config, case, digest, seed)))]
         for case in wanted
     }
-    report(config.out, data.about, of_part, results, per_epoch, title)
-    return 0
+    ready = {
+        part: found
+        for part, found in of_part.items()
+        if all(len(results[case]) == config.seeds for case in found)
+    }
+    if ready:
+        report(config.out, data.about, ready, results, per_epoch, title)
+    if whole:
+        return 0
+    again = cli.shell_command("models.mlp", dataclasses.replace(given, resume=True))
+    print(f"Stopped. The results are in {runs.path}; go on with\n  {again}")
+    return cli.INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -15,13 +15,14 @@ import pytest
 
 from models import _images as images
 from models import _mlp as net
+from models import _mlp_methods as methods
 from models import _runs, mlp
 from models._cli import INTERRUPTED, Mistake
-from models._mlp import Method
+from models._mlp_methods import Method
 from tests.models.idx import write_mnist
 
 TINY = shlex.split(
-    "--width 8 --layers 1 --epochs 2 --batch 10 --seeds 2 --learning_rate 0.01 --fraction 0.5"
+    "--width 32 --layers 1 --epochs 2 --batch 10 --seeds 2 --learning_rate 0.01 --fraction 0.5"
 )
 
 
@@ -32,6 +33,22 @@ def promotion():
     jax.config.update("jax_numpy_dtype_promotion", "standard")
     yield
     jax.config.update("jax_numpy_dtype_promotion", before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """What is compiled alike in several tests."""
+    compile_programs, there = net.compile_programs, {}
+
+    def kept(method, training, width, *arrays):
+        key = method, training, width, str(jax.tree.map(jax.typeof, arrays))
+        if key not in there:
+            there[key] = compile_programs(method, training, width, *arrays)
+        return there[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(net, "compile_programs", kept)
+        yield
 
 
 # -------------------------------------------------------------------------------------- the cases
@@ -49,7 +66,7 @@ def test_equal_work_is_equal_but_for_one_step():
     for case, total in zip(found, spent, strict=True):
         assert abs(total - budget) <= total / case.steps / 2 * 1.001
     kinds = {case.method.kind for case in found}
-    assert kinds == {"dense", *net.POLICIES, *net.MEPROP}
+    assert kinds == {"dense", *methods.POLICIES, *methods.MEPROP}
     assert found[0].steps < 500  # dense
 
 
@@ -61,7 +78,7 @@ def test_every_part_begins_with_what_it_is_compared_with():
         assert dense == {case.width for case in found}
     crossed = mlp.cases(c, "samplers", 20, 5) + mlp.cases(c, "cross", 20, 5)
     pairs = {(case.method.kind, case.method.sampler) for case in crossed}
-    assert pairs == {(p, s) for p in net.POLICIES for s in net.SAMPLERS} | {("dense", "")}
+    assert pairs == {(p, s) for p in methods.POLICIES for s in methods.SAMPLERS} | {("dense", "")}
 
 
 # ----------------------------------------------------------------------------- from end to end
@@ -69,12 +86,12 @@ def test_every_part_begins_with_what_it_is_compared_with():
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory):
-    """A run that Ctrl-C ends after its first case, the one that goes on, and one with nothing left
-    to do."""
+    """A run that Ctrl-C ends after the first sampled networks, the one that goes on, and one with
+    nothing left to do."""
     folder = tmp_path_factory.mktemp("mlp")
     data, _ = write_mnist(folder)
     out, compiled = folder / "out", []
-    few = shlex.split("--fractions 0.5 --widths 8 --parts goal widths flops")
+    few = shlex.split("--fractions 0.5 --widths 32 --parts goal widths flops --measure test")
     flags = [*TINY, *few, "--data", str(data), "--out", str(out)]
     compile_programs, add = net.compile_programs, _runs.Runs.add
 
@@ -84,12 +101,14 @@ def story(tmp_path_factory):
 
     def interrupting(self, settings, result, where):
         add(self, settings, result, where)
-        if settings["seed"] == 1:
+        if (settings["kind"], settings["seed"]) == ("forward", 1):
             signal.raise_signal(signal.SIGINT)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(net, "compile_programs", counting)
         patch.setattr(mlp.os, "cpu_count", lambda: 1)
+        patch.setattr(methods, "POLICIES", ("forward",))  # the others are compared when slow
+        patch.setattr(methods, "MEPROP", ("meProp",))
         with contextlib.redirect_stdout(io.StringIO()) as stopped, patch.context() as inner:
             inner.setattr(_runs.Runs, "add", interrupting)
             interrupted = mlp.main(flags)
@@ -106,6 +125,7 @@ def story(tmp_path_factory):
         out=out,
         flags=flags,
         interrupted=interrupted,
+        stopped=stopped.getvalue(),
         first=lines,
         ended=ended,
         printed=began.getvalue(),
@@ -121,15 +141,20 @@ def records(path):
 
 def test_ctrl_c_keeps_what_is_there_and_resume_goes_on(story):
     assert story.interrupted == INTERRUPTED
-    assert len(story.first) == 2  # two seeds of the dense networks
+    assert len(story.first) == 6  # two seeds: dense for two parts, and sampled
     assert story.ended == 0
-    assert (story.out / "mlp.jsonl").read_text().splitlines()[:2] == story.first
+    assert (story.out / "mlp.jsonl").read_text().splitlines()[:6] == story.first
     assert len({json.dumps(one["settings"]) for one in records(story.out / "mlp.jsonl")}) == len(
         records(story.out / "mlp.jsonl")
     )
-    assert "1 of 7 kinds of networks are there already" in story.printed
-    assert "7 of 7 kinds of networks are there already" in story.repeated
+    assert "3 of 4 kinds of networks are there already" in story.printed
+    assert "4 of 4 kinds of networks are there already" in story.repeated
     assert not story.compiled_again
+
+
+def test_ctrl_c_shows_the_parts_that_are_whole(story):
+    assert "Sampled products beside dense ones" in story.stopped
+    assert "equal floating-point" not in story.stopped
 
 
 def test_each_program_compiles_once_whatever_its_steps(story):
@@ -180,7 +205,7 @@ def test_the_tables_the_numbers_and_the_picture(story):
         one for one in records(story.out / "mlp.jsonl") if one["settings"]["kind"] == "forward"
     ]
     row = next(row for row in parts["goal"] if row["kind"] == "forward")
-    own = [one["result"] for one in found if one["settings"]["steps"] == 10]
+    own = [one["result"] for one in found if one["settings"]["steps"] == 12]
     assert row["accuracy"] == pytest.approx(100 * np.mean([one["accuracy"] for one in own]))
     assert row["with sampling"] == pytest.approx(
         100 * np.mean([one["with sampling"] for one in own])
@@ -193,37 +218,45 @@ def test_another_flag_is_another_result(story):
     c = mlp.cli.parse(mlp.Config, story.flags, command="it").settled()
     runs = _runs.Runs(story.out / "mlp.jsonl", resume=True)
     assert all(runs.get(one) for one in settings)
-    case = mlp.cases(c, "goal", 20, 5)[0]
+    case = mlp.cases(c, "goal", 20, 6)[0]
     digest = settings[0]["data"]
     assert runs.get(mlp.settings(c, case, digest, 0))
-    for change in ({"learning_rate": 0.5}, {"batch": 11}, {"measure": "test"}, {"layers": 3}):
+    for change in (
+        {"learning_rate": 0.5},
+        {"average": 0.9},
+        {"batch": 11},
+        {"measure": "validation"},
+        {"layers": 3},
+    ):
         other = dataclasses.replace(c, **change)
         assert runs.get(mlp.settings(other, case, digest, 0)) is None
     assert runs.get(mlp.settings(c, case, digest, 7)) is None
 
 
-def test_seeds_are_trained_together_as_they_are_alone(tmp_path):
+def test_a_seed_is_what_it_is_whatever_it_is_trained_beside(tmp_path):
     """And enough to learn: one pixel tells the label."""
     data, _ = write_mnist(tmp_path)
-    c = config("--data", str(data), "--epochs", "30", "--width", "32")
+    c = config("--data", str(data), "--epochs", "30")
     found = images.load(data, test=True)
     case = mlp.cases(c, "goal", 20, 6)[0]
-    together, alone = (_runs.Runs(tmp_path / f"{n}.jsonl", resume=False) for n in (2, 1))
-    where = {}
-    assert mlp.train(c, [case], found, together, where)
-    second = dataclasses.replace(c, seeds=1, seed=1)
-    assert mlp.train(second, [case], found, alone, where)
-    results = [r.get(mlp.settings(c, case, found.digest, 1)) for r in (together, alone)]
+    with_first, with_third = (_runs.Runs(tmp_path / f"{n}.jsonl", resume=False) for n in (0, 1))
+    assert mlp.train(c, [case], found, with_first, {})
+    assert mlp.train(dataclasses.replace(c, seed=1), [case], found, with_third, {})
+    results = [r.get(mlp.settings(c, case, found.digest, 1)) for r in (with_first, with_third)]
     assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-3)
     assert results[0]["accuracy"] == results[1]["accuracy"] > 0.9
 
 
-def test_the_bundled_digits(tmp_path):
+def test_the_bundled_digits():
     found = images.load(None, test=True)
     assert found.train.x.shape == (1437, 64)
     assert found.measured.x.shape == (360, 64)
     assert (found.train.x.min(), found.train.x.max()) == (0, 1)
     assert set(found.measured.y) == set(range(10))
+
+
+@pytest.mark.slow
+def test_the_bundled_digits_are_what_is_trained_on_without_data(tmp_path):
     flags = [*TINY, "--parts", "goal", "--epochs", "1", "--seeds", "1", "--out", str(tmp_path)]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert mlp.main(flags) == 0
@@ -235,7 +268,7 @@ def test_the_bundled_digits(tmp_path):
 @pytest.mark.slow
 def test_every_part_runs_and_noise_learns(tmp_path):
     data, _ = write_mnist(tmp_path)
-    flags = [*TINY, "--data", str(data), "--measure", "test", "--width", "32", "--epochs", "30"]
+    flags = [*TINY, "--data", str(data), "--measure", "test", "--epochs", "30"]
     parts = ["--parts", *mlp.PARTS, "--fractions", "0.5", "--widths", "16", "32"]
     with contextlib.redirect_stdout(io.StringIO()):
         assert mlp.main([*flags, *parts, "--out", str(tmp_path)]) == 0

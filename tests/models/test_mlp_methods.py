@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from models import _mlp as net
-from models._mlp import Method
+from models import _mlp_methods as methods
+from models._mlp_methods import Method
 
 SIZES = [(20, 12), (12, 8), (8, 10)]
 
@@ -26,7 +27,7 @@ def test_what_a_step_costs():
     half = {"fraction": 0.5, "sampler": "systematic"}
 
     def cost(**method):
-        return net.flops(Method(**method), SIZES, n)
+        return methods.flops(Method(**method), SIZES, n)
 
     assert cost() == cost(kind="input noise", strength=0.1) == dense
     scores = norms(n * 20, 20 * 12, n * 12, 12 * 8)
@@ -35,7 +36,7 @@ def test_what_a_step_costs():
     scores = norms(n * 20, n * 12, n * 12, n * 8, n * 8, 12 * 8)
     assert cost(kind="backward", **half) == 1.5 * a + 2 * b + 3 * c + scores
     assert cost(kind="weight", **half) == 1.5 * a + 2.5 * b + 3 * c + norms(n * 20, n * 12)
-    for kind in net.MEPROP:
+    for kind in methods.MEPROP:
         assert cost(kind=kind, fraction=0.5) == 1.5 * a + 2 * b + 3 * c + n * 12 + n * 8
     down = 2 * n * 10 * 12 + 2 * n * 10 * 8
     assert cost(kind="direct feedback") == 2 * (a + b + c) + down
@@ -45,7 +46,7 @@ def test_the_cost_counts_what_is_taken_and_not_what_was_asked_for():
     # 20 features are 5 groups of 4, and 12 are 3: a fraction of 0.3 takes 2 and 1 of them
     method = Method(kind="forward", fraction=0.3, sampler="uniform", block=4)
     a, b, c = products()
-    assert net.flops(method, SIZES, 4) == pytest.approx(2 * a * 2 / 5 + 3 * b / 3 + 3 * c)
+    assert methods.flops(method, SIZES, 4) == pytest.approx(2 * a * 2 / 5 + 3 * b / 3 + 3 * c)
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +60,9 @@ def network():
 
 EXACT = [
     Method(),
-    *(Method(kind=kind, fraction=1.0) for kind in net.MEPROP),
+    *(Method(kind=kind, fraction=1.0) for kind in methods.MEPROP),
     *(Method(kind=kind) for kind in ("input noise", "weight noise")),
-    *(Method(kind=policy, sampler="systematic") for policy in net.POLICIES),
+    *(Method(kind=policy, sampler="systematic") for policy in methods.POLICIES),
 ]
 
 
@@ -93,3 +94,23 @@ def test_layers_draw_samples_of_their_own_and_the_classifier_none(network):
     assert first.sum() == second.sum() == 10
     assert (first != second).any()
     assert last.all()
+
+
+def test_the_average_of_weights_forgets_as_it_says():
+    """The plain mean at first, so that initial weights have no share, then exponentially."""
+    training = methods.Training(
+        layers=1, batch=2, optimizer="momentum", learning_rate=0.1, weight_decay=0.0, average=0.75
+    )
+    keys = jax.random.split(jax.random.key(0), 2)
+    data = jax.random.normal(keys[0], (12, 5)), jnp.arange(12) % 10
+    run = net.compile_programs(Method(), training, 4, keys, data, data).train
+    state = net.start(Method(), training, keys, training.sizes(5, 4))
+    steps, shares = [], (1, 1 / 2, 1 / 3, 1 / 4, 1 / 4, 1 / 4)
+    for step in range(6):
+        state, _ = run(state, keys, *data, *map(jnp.int32, (step, step + 1, 6)))
+        steps.append([np.array(leaf) for leaf in jax.tree.leaves(state[0])])
+    for found, *values in zip(jax.tree.leaves(state[1]), *steps, strict=True):
+        wanted = np.zeros(found.shape)
+        for value, share in zip(values, shares, strict=True):
+            wanted += share * (value - wanted)
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)

@@ -26,16 +26,16 @@ def products(jaxpr):
     return total
 
 
-@pytest.mark.parametrize("fraction", [None, 0.5, 0.3])
+@pytest.mark.parametrize("fraction", [None, 0.3])
 def test_products_cost_what_the_formula_says(fraction):
     c, kind = config("--layers", "3"), Kind(32, fraction)
-    graph, params, rest = nnx.split(make(c, kind, 0), nnx.Param, ...)
+    graph, params, rest = nnx.split(nnx.eval_shape(lambda: make(c, kind, 0)), nnx.Param, ...)
 
-    def loss(params, data):
+    def loss(params, rest, data):
         return bits(nnx.merge(graph, params, rest, copy=True), data).mean()
 
-    data = jnp.zeros((c.batch, c.length + 1), jnp.int32)
-    counted = products(jax.make_jaxpr(jax.grad(loss))(params, data).jaxpr)
+    data = jax.ShapeDtypeStruct((c.batch, c.length + 1), jnp.int32)
+    counted = products(jax.make_jaxpr(jax.grad(loss))(params, rest, data).jaxpr)
     step = widths.spent(c, kind)
     assert counted == step.linears + step.attention + step.head
     assert (step.norms > 0) == (step.sampler > 0) == (fraction is not None)
