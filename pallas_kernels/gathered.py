@@ -303,9 +303,10 @@ def _rescaled(ring, turn, shape, steps, every, add, factor) -> tuple[Array, Any]
             for part in range(every):
                 plgpu.barrier_wait(ring.full.at[ring.stage(first + part)])
                 add(acc, ring.stage(first + part))
-                plgpu.wgmma_wait(1 if part + 1 < every else 0)
-                if part:
+                if part:  # the slice before has been read, this one is still running
+                    plgpu.wgmma_wait(1)
                     ring.release(first + part - 1)
+            plgpu.wgmma_wait(0)
 
         sums = _ring.onto(sums * factor(i * every), accumulate)
         ring.release(first + every - 1)
