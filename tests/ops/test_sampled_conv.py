@@ -10,9 +10,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import bsjax
-from bsjax.ops._samplers import weigh
-from tests.helpers import accumulator, assert_close, assert_raises, normal
-from tests.ops.test_sampled_tokens import slow
+from tests.helpers import accumulator, assert_close, assert_raises, normal, slow
+from tests.ops.test_sampled import weights_of
 
 KEY = jax.random.key(3)
 K, M = 12, 5
@@ -51,7 +50,7 @@ def weights(x, w, sampler="systematic", block=1, scores=None):
     squares = np.square(x).sum(tuple(range(x.ndim - 1))), np.square(w).sum((*range(w.ndim - 2), -1))
     norms = [np.sqrt(s.reshape(-1, block).sum(1)) for s in squares]
     found = norms[0] * norms[1] if scores is None else np.asarray(scores)
-    drawn = weigh(sampler, KEY, jnp.asarray(found, jnp.float32), K // block // 2)
+    drawn = weights_of(sampler, KEY, jnp.asarray(found, jnp.float32), K // block // 2)
     return np.repeat(np.asarray(drawn, np.float64), block)
 
 
