@@ -168,6 +168,11 @@ def unchecked() -> Iterator[None]:
         jaxtyping.config.update("jaxtyping_disable", False)
 
 
+def slow(*case: Any) -> Any:
+    """A case for `make test-all`."""
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 def assert_raises(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     """`call` is answered by exactly this sentence: the one that users see."""
     with unchecked(), pytest.raises(error) as caught:

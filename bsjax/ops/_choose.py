@@ -32,7 +32,8 @@ CPU_BREAK_EVEN = {
     "sddmm": {8: 0.12, 16: 0.3, 32: 0.42, 64: 0.5, 128: 0.6},
 }
 # The same of the kernels on a Hopper GPU, in 16 bits: `python -m benchmarks.gpu` on an H100, with
-# 8192 tokens. Products smaller than `GPU_FLOPS` were not measured and run dense, as do short blocks.
+# 8192 tokens. Products smaller than `GPU_FLOPS` were not measured: they run dense, as do short
+# blocks.
 GPU_BREAK_EVEN = {
     "matmul": {32: 0.15, 64: 0.45, 128: 0.6},
     "sddmm": {64: 0.33, 128: 0.6},

@@ -199,7 +199,8 @@ def why_not_gathered(dtypes: tuple[Any, Any], block: int, features: int) -> str 
     """The reason why no kernel can sample so many features by blocks of that size, or None."""
     names = {jnp.dtype(dtype).name for dtype in dtypes}
     if len(names) > 1 or not names <= {"bfloat16", "float16"}:
-        return f"there are kernels for bfloat16 and float16, both operands alike, not for {names}"
+        given = " and ".join(sorted(names))
+        return f"there are kernels for bfloat16 and float16, both operands alike, not for {given}"
     if block % config.SLICE:
         return f"kernels read slices of {config.SLICE} features, and `block` is {block}"
     if features // config.SLICE > config.SLICES:

@@ -9,8 +9,7 @@ import pytest
 
 import bsjax
 from bsjax.ops._samplers import SAMPLERS
-from tests.helpers import assert_close, assert_raises, normal
-from tests.ops.test_sampled_tokens import slow
+from tests.helpers import assert_close, assert_raises, normal, slow
 
 KEY = jax.random.key(3)
 K, M = 24, 16

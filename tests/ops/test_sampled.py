@@ -9,7 +9,7 @@ import pytest
 
 import bsjax
 from bsjax.ops._samplers import SAMPLERS, weigh
-from tests.helpers import accumulator, assert_close, normal
+from tests.helpers import accumulator, assert_close, normal, slow
 
 KEY = jax.random.key(3)
 IMPLEMENTATIONS = ["auto", "xla", "dense", "reference"]
@@ -37,13 +37,16 @@ def run(x, w, dy, key, *, scores=None, name="xla", fraction=0.5, **options):
     return y, *pull(dy)
 
 
+weights_of = jax.jit(weigh, static_argnums=(0, 3))
+
+
 def weights(key, sampler, block, squares, fraction=0.5):
     """The weight of every item, drawn by the norms of groups, as NumPy computes them."""
     groups = -(-len(squares[0]) // block)
     pad = groups * block - len(squares[0])
     norms = [np.sqrt(np.pad(s, (0, pad)).reshape(groups, block).sum(1)) for s in squares]
     scores = jnp.asarray(np.prod(norms, axis=0), jnp.float32)
-    drawn = weigh(sampler, key, scores, max(1, round(fraction * groups)))
+    drawn = weights_of(sampler, key, scores, max(1, round(fraction * groups)))
     return np.repeat(np.asarray(drawn, np.float64), block)[: len(squares[0])]
 
 
@@ -71,17 +74,23 @@ def expected(x, w, dy, policy, sampler, block):
     return (y.reshape(dy.shape), dx.reshape(x.shape), dw), largest * abs(x).max()
 
 
-CASES = [
-    *(("forward", sampler, 1, ["auto"]) for sampler in SAMPLERS),
-    *(  # samplers are the same for every policy
-        pytest.param(policy, sampler, 1, ["auto"], marks=pytest.mark.slow)
-        for policy in ("backward", "weight")
-        for sampler in SAMPLERS
-    ),
-    *((policy, "priority", 2, ["xla", "dense"]) for policy in POLICIES),
+CASES = [  # every sampler, and each policy in each implementation
+    ("forward", "with_replacement", 1, ["auto"]),
+    ("forward", "bernoulli", 1, ["auto"]),
+    ("forward", "priority", 2, ["dense"]),
     ("forward", "systematic", 8, ["xla", "reference"]),
+    ("backward", "uniform", 2, ["dense"]),
     ("backward", "systematic", 8, ["xla"]),
+    ("weight", "wta", 1, ["dense"]),
+    ("weight", "top_k", 2, ["auto"]),
     ("weight", "priority", 4, ["xla", "reference"]),  # of 21 tokens: a last group of one
+    *(  # samplers are the same for every policy
+        slow(policy, sampler, 1, ["auto"])
+        for policy in POLICIES
+        for sampler in SAMPLERS
+        if (policy, sampler) not in [("forward", "with_replacement"), ("forward", "bernoulli")]
+    ),
+    *(slow(policy, "priority", 2, ["xla", "dense"]) for policy in POLICIES),
 ]
 
 
@@ -96,14 +105,26 @@ def test_is_the_masked_product(policy, sampler, block, names):
             assert_close(ours, theirs, K * size)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_is_rounded_once(dtype, policy):
+ROUNDED = [
+    ("forward", jnp.bfloat16, ["dense"]),
+    ("forward", jnp.float16, ["xla"]),
+    ("backward", jnp.bfloat16, ["xla"]),
+    ("weight", jnp.float16, ["xla"]),
+    *(
+        slow(policy, dtype, ["xla", "dense"])
+        for policy in POLICIES
+        for dtype in (jnp.bfloat16, jnp.float16)
+    ),
+]
+
+
+@pytest.mark.parametrize(("policy", "dtype", "names"), ROUNDED)
+def test_is_rounded_once(policy, dtype, names):
     args = inputs((40,), dtype)
     wide = [a.astype(accumulator(dtype)) for a in args]
     options = {"policy": policy, "sampler": "priority", "block": 2}
     want = run(*wide, KEY, name="dense", **options)
-    for name in ("xla", "dense"):
+    for name in names:
         got = run(*args, KEY, name=name, **options)
         for ours, theirs in zip(got, want, strict=True):
             assert ours.dtype == dtype
@@ -114,24 +135,44 @@ def test_gradients_have_the_dtypes_of_what_they_belong_to():
     x, w, dy = inputs()
     half = x.astype(jnp.bfloat16), w, dy.astype(jnp.bfloat16)
     for policy in POLICIES:
-        y, dx, dw = run(*half, KEY, policy=policy)
+        y, dx, dw = jax.eval_shape(functools.partial(run, policy=policy), *half, KEY)
         assert (y.dtype, dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
 
 
-def test_float64():
+@pytest.mark.parametrize("policy", ["forward", slow("backward"), "weight"])
+def test_float64(policy):
     with jax.enable_x64(True):
         x, w, dy = inputs(dtype=jnp.float64)
-        for policy in POLICIES:
-            options = {"policy": policy, "sampler": "priority"}
-            # scales have the precision of float32, the same for both
-            pair = run(x, w, dy, KEY, **options), run(x, w, dy, KEY, name="reference", **options)
-            for ours, theirs in zip(*pair, strict=True):
-                assert ours.dtype == jnp.float64
-                assert_close(ours, theirs, 64)  # a relative 1e-7 would let float32 pass
+        options = {"policy": policy, "sampler": "priority"}
+        # scales have the precision of float32, the same for both
+        pair = run(x, w, dy, KEY, **options), run(x, w, dy, KEY, name="reference", **options)
+        for ours, theirs in zip(*pair, strict=True):
+            assert ours.dtype == jnp.float64
+            assert_close(ours, theirs, 64)  # a relative 1e-7 would let float32 pass
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("lead", [(), (0,), (1,), (2, 0), (2, 3, 5)], ids=str)
+def test_float64_of_backward():
+    """Scales of "top_k" are 1, so that NumPy's products will do, which nothing compiles."""
+    with jax.enable_x64(True):
+        x, w, dy = inputs(dtype=jnp.float64)
+        got = run(x, w, dy, KEY, policy="backward", sampler="top_k")
+        for ours, theirs in zip(got, expected(x, w, dy, "backward", "top_k", 1)[0], strict=True):
+            assert ours.dtype == jnp.float64
+            assert_close(ours, theirs, 64)
+
+
+LEADING = [
+    *((lead, policy) for lead in [(), (0,)] for policy in POLICIES),
+    ((1,), "forward"),
+    ((2, 0), "weight"),
+    ((2, 3, 5), "backward"),
+]
+MORE = [(lead, policy) for lead in [(1,), (2, 0), (2, 3, 5)] for policy in POLICIES]
+
+
+@pytest.mark.parametrize(
+    ("lead", "policy"), [*LEADING, *(slow(*case) for case in MORE if case not in LEADING)], ids=str
+)
 def test_leading_axes(lead, policy):
     x, w, dy = inputs(lead)
     got = run(x, w, dy, KEY, policy=policy, sampler="top_k")
@@ -184,7 +225,7 @@ def test_what_is_not_sampled_is_not_read():
 
 def test_scores_of_weights_alone():
     """They give every device the same sample, whatever its tokens."""
-    x, w, dy = inputs()
+    x, w, dy = inputs((21,))
     scores = jnp.linalg.norm(w, axis=1)
     rows = [
         np.any(run(tokens, w, dy, KEY, scores=scores)[2] != 0, axis=1) for tokens in (x, 1 - 3 * x)

@@ -10,9 +10,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import bsjax
-from bsjax.ops._samplers import weigh
-from tests.helpers import accumulator, assert_close, assert_raises, normal
-from tests.ops.test_sampled_tokens import slow
+from tests.helpers import accumulator, assert_close, assert_raises, normal, slow
+from tests.ops.test_sampled import weights_of
 
 KEY = jax.random.key(3)
 K, M = 12, 5
@@ -51,7 +50,7 @@ def weights(x, w, sampler="systematic", block=1, scores=None):
     squares = np.square(x).sum(tuple(range(x.ndim - 1))), np.square(w).sum((*range(w.ndim - 2), -1))
     norms = [np.sqrt(s.reshape(-1, block).sum(1)) for s in squares]
     found = norms[0] * norms[1] if scores is None else np.asarray(scores)
-    drawn = weigh(sampler, KEY, jnp.asarray(found, jnp.float32), K // block // 2)
+    drawn = weights_of(sampler, KEY, jnp.asarray(found, jnp.float32), K // block // 2)
     return np.repeat(np.asarray(drawn, np.float64), block)
 
 
@@ -88,6 +87,17 @@ def assert_masked(x, w, got, drawn, **options):
 
 
 FORMS = {
+    "strides, dilation, padding by hand": (
+        {},
+        {"strides": (2, 1), "dilation": (1, 2), "padding": ((0, 2), (3, 1))},
+    ),
+    "1-D, one image": ({"space": (9,), "window": (2,), "lead": ()}, {"padding": "SAME_LOWER"}),
+    "3-D, valid": (
+        {"space": (3, 4, 2), "window": (2, 1, 1), "lead": (2, 2)},
+        {"strides": (2, 2, 1), "padding": "VALID"},
+    ),
+}
+MORE_FORMS = {
     "strides and dilation": ({}, {"strides": (2, 1), "dilation": (1, 2)}),
     "1-D, valid": ({"space": (9,), "window": (3,)}, {"padding": "VALID"}),
     "3-D, one tap": ({"space": (3, 4, 2), "window": (1, 1, 1)}, {"strides": (2, 2, 1)}),
@@ -96,8 +106,9 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize(("shapes", "options"), FORMS.values(), ids=FORMS)
-def test_is_the_masked_kernel(shapes, options):
+@pytest.mark.parametrize("form", [*FORMS, *map(slow, MORE_FORMS)])
+def test_is_the_masked_kernel(form):
+    shapes, options = (FORMS | MORE_FORMS)[form]
     x, w = inputs(**shapes)
     axes = w.ndim - 2
     got = run(x, w, KEY, sampler="priority", block=2, **options)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import bsjax
-from bsjax.ops._samplers import weigh
-from tests.helpers import Case, assert_close, assert_raises, normal, random_mask
+from tests.helpers import Case, assert_close, assert_raises, normal, random_mask, slow
+from tests.ops.test_sampled import weights_of
 
 KEY = jax.random.key(3)
 CASE = Case(mask=random_mask(5, 4, 0.6), n=45, capacity=14)  # in groups of four, the last has one
@@ -27,11 +27,6 @@ def run(x, values, p, dy, others, key, fraction=0.5, **options):
     return y, *pull(dy)
 
 
-def slow(*case):
-    """A case for `make test-all`."""
-    return pytest.param(*case, marks=pytest.mark.slow)
-
-
 def inputs(dtype=jnp.float32, *, transpose=False, lead=(45,)):
     """Tokens of very different norms, values without NaN."""
     p, x, values, dy = CASE.inputs(dtype, transpose=transpose)
@@ -46,7 +41,7 @@ def drawn(x, sampler="systematic", block=1, scores=None):
     groups = -(-squares.size // block)
     padded = np.pad(squares.reshape(-1), (0, groups * block - squares.size))
     norms = jnp.asarray(np.sqrt(padded.reshape(groups, block).sum(1)), jnp.float32)
-    weights = np.asarray(weigh(sampler, KEY, norms, round(groups / 2)), np.float64)
+    weights = np.asarray(weights_of(sampler, KEY, norms, round(groups / 2)), np.float64)
     return np.repeat(weights, block)[: squares.size]
 
 

@@ -10,8 +10,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import bsjax
-from tests.helpers import assert_close, normal, random_mask
-from tests.ops.test_sampled_tokens import CASE, KEY, inputs, run, slow
+from tests.helpers import assert_close, normal, random_mask, slow
+from tests.ops.test_sampled_tokens import CASE, KEY, inputs, run
 
 
 def test_keeps_the_sampled_tokens_only():

@@ -10,29 +10,40 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import bsjax
-from tests.helpers import assert_close, assert_raises, unchecked
-from tests.ops.test_sampled import KEY, POLICIES, K, M, inputs, run
+from tests.helpers import assert_close, assert_raises, slow, unchecked
+from tests.ops.test_sampled import KEY, K, M, inputs, run
 
 
-def test_vmap_draws_for_each():
+@pytest.mark.parametrize("policy", ["forward", "backward", slow("weight")])
+def test_vmap_draws_for_each(policy):
     """Keys and tokens mapped: every element as if it were alone."""
     x, w, dy = inputs((3, 20))
     keys = jax.random.split(KEY, 3)
-    for policy in POLICIES:
-        one = functools.partial(run, policy=policy, block=2, sampler="priority")
-        together = jax.vmap(one, (0, None, 0, 0))(x, w, dy, keys)
-        for i in range(3):
-            alone = one(x[i], w, dy[i], keys[i])
-            for ours, theirs in zip(together, alone, strict=True):
-                assert_close(ours[i], np.asarray(theirs), K * 64)
+    one = functools.partial(run, policy=policy, block=2, sampler="priority")
+    together = jax.vmap(one, (0, None, 0, 0))(x, w, dy, keys)
+    for i in range(3):
+        alone = one(x[i], w, dy[i], keys[i])
+        for ours, theirs in zip(together, alone, strict=True):
+            assert_close(ours[i], np.asarray(theirs), K * 64)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_scan_and_remat_repeat_the_sample(policy):
+@pytest.mark.parametrize(
+    ("policy", "remat"),
+    [
+        ("forward", True),
+        ("backward", False),
+        ("weight", True),
+        slow("forward", False),
+        slow("backward", True),
+        slow("weight", False),
+    ],
+)
+def test_scan_and_remat_repeat_the_sample(policy, remat):
     """A loop over keys, differentiated: with and without computing the forward pass again."""
     x, w, dy = inputs((5,), m=K)
     keys = jax.random.split(KEY, 3)
 
+    @jax.jit
     def step(w, h, key):
         options = {"fraction": 0.5, "policy": policy, "sampler": "priority"}
         return bsjax.sampled_matmul(h, w, key=key, **options)
@@ -45,22 +56,22 @@ def test_scan_and_remat_repeat_the_sample(policy):
             x = step(w, x, keys[i])
         return jnp.vdot(x, dy)
 
-    loops = [functools.partial(loop, one) for one in (step, jax.checkpoint(step))]
-    want, *got = (jax.jit(jax.grad(f, (0, 1)))(x, w / 8) for f in (unrolled, *loops))
-    for one in got:
-        for ours, theirs in zip(one, want, strict=True):
-            few = 16 * float(jnp.finfo(jnp.float32).eps)  # of some steps in another order
-            np.testing.assert_allclose(ours, theirs, rtol=0, atol=few * float(abs(theirs).max()))
+    want = jax.grad(unrolled, (0, 1))(x, w / 8)  # compiles one step, and not three
+    one = jax.checkpoint(step) if remat else step
+    got = jax.jit(jax.grad(functools.partial(loop, one), (0, 1)))(x, w / 8)
+    for ours, theirs in zip(got, want, strict=True):
+        few = 16 * float(jnp.finfo(jnp.float32).eps)  # of some steps in another order
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=few * float(abs(theirs).max()))
 
 
 def test_keys_change_the_sample_without_compiling_again():
     x, w, dy = inputs()
+    first = run(x, w, dy, KEY)
     before = run._cache_size()
-    first = run(x, w, dy, KEY, fraction=0.25)
-    np.testing.assert_array_equal(first[0], run(x, w, dy, KEY, fraction=0.25)[0])
-    assert np.any(first[0] != run(x, w, dy, jax.random.key(4), fraction=0.25)[0])
-    assert run._cache_size() == before + 1
-    raw = run(x, w, dy, jax.random.key_data(KEY), fraction=0.25)
+    np.testing.assert_array_equal(first[0], run(x, w, dy, KEY)[0])
+    assert np.any(first[0] != run(x, w, dy, jax.random.key(4))[0])
+    assert run._cache_size() == before
+    raw = run(x, w, dy, jax.random.key_data(KEY))
     np.testing.assert_array_equal(first[0], raw[0])
 
 
@@ -101,7 +112,7 @@ def test_weight_keeps_the_sampled_tokens_only():
     assert memory(0.25) < 0.25 * whole + 4 * (n * 8 + 2 * k * 8 + n)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, slow(AxisType.Explicit)])
 def test_tokens_over_a_mesh_are_not_gathered(axis_type):
     """Policy "forward": the sample is of features, and only scores and dw are summed."""
     x, w, dy = inputs((16, 8))
@@ -119,8 +130,8 @@ def test_tokens_over_a_mesh_are_not_gathered(axis_type):
         assert_close(ours, np.asarray(theirs), 128 * 16)
 
 
-@pytest.mark.parametrize("policy", ["weight", pytest.param("backward", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("spec", [P("data"), P("data", "model")])
+@pytest.mark.parametrize("policy", ["weight", slow("backward")])
+@pytest.mark.parametrize("spec", [slow(P("data")), P("data", "model")])
 def test_samples_of_tokens_over_explicit_axes(spec, policy):
     """The sample of one device: of x and dy only the tokens that are taken are exchanged."""
     x, w, dy = inputs((16, 8))
@@ -138,7 +149,7 @@ def test_samples_of_tokens_over_explicit_axes(spec, policy):
         assert_close(ours, np.asarray(theirs), 128 * 16)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ["forward", "weight", slow("backward")])
 def test_shard_map(policy):
     """With its checks on: each device samples its own tokens, and dw is summed."""
     x, w, dy = inputs((16, 3))
@@ -225,8 +236,14 @@ WRONG = {
     "no kernel": (
         lambda: call(implementation="mosaic"),
         ValueError,
-        'sampled_matmul: implementation="mosaic" cannot run here: there are kernels for '
-        + TAKE_AUTO,
+        'sampled_matmul: implementation="mosaic" cannot run here: there are kernels for bfloat16 '
+        "and float16, both operands alike, not for float32. " + TAKE_AUTO,
+    ),
+    "no kernel for both": (
+        lambda: call.func(X.astype(jnp.bfloat16), W, implementation="mosaic", **HALF),
+        ValueError,
+        'sampled_matmul: implementation="mosaic" cannot run here: there are kernels for bfloat16 '
+        "and float16, both operands alike, not for bfloat16 and float32. " + TAKE_AUTO,
     ),
     "random size": (
         lambda: call(implementation="xla", sampler="bernoulli"),
