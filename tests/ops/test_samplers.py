@@ -1,6 +1,7 @@
 """The seven samplers: means, variances by their formulas, sizes, and scores at the edges."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from bsjax.ops._samplers import SAMPLERS, chosen, inclusion, weigh
+from tests.helpers import slow
 
 KEY = jax.random.key(0)
 T, KEYS = 32, 20_000
@@ -15,17 +17,27 @@ UNBIASED = [name for name in SAMPLERS if name != "top_k"]
 FIXED = ["uniform", "systematic", "priority", "top_k"]  # exactly t groups
 
 
+SCORES = {  # at the edges, of few groups
+    "heavy-tailed": np.random.default_rng(1).lognormal(sigma=3, size=40),
+    "equal": np.full(40, 3e-20),
+    "zero": np.zeros(40),
+    "one dominant": np.r_[np.ones(20), 1e12, np.ones(19)],
+    "few not zero": np.r_[np.zeros(20), 1.0, 2.0, 3.0, np.zeros(17)],
+    "half zero": np.r_[np.zeros(20), np.ones(20)],
+}
+
+
 @functools.cache
 def problem(block, *, signed=True):
     """Scores of groups, and `<X_g, X_h>` for all pairs of the outer products that they sum: a
-    product 32 x 128 x 24 of heavy-tailed columns, cut into 128 / block groups."""
-    rng = np.random.default_rng(0)
-    a = rng.normal(size=(32, 128)) * rng.lognormal(sigma=1, size=128)
-    b = rng.normal(size=(128, 24))
+    product 32 x (128 block) x 24 of heavy-tailed columns, cut into 128 groups."""
+    rng, k = np.random.default_rng(0), 128 * block
+    a = rng.normal(size=(32, k)) * rng.lognormal(sigma=1, size=k)
+    b = rng.normal(size=(k, 24))
     if not signed:
         a, b = abs(a), abs(b)
     a, b = a.reshape(32, -1, block), b.reshape(-1, block, 24)
-    terms = np.einsum("ngi,gim->gnm", a, b).reshape(128 // block, -1)
+    terms = np.einsum("ngi,gim->gnm", a, b).reshape(128, -1)
     scores = np.sqrt(np.square(a).sum((0, 2)) * np.square(b).sum((1, 2)))
     return scores, terms @ terms.T
 
@@ -45,9 +57,15 @@ def samples(sampler, scores, t, keys):
 
 
 @functools.cache
-def draw(sampler, block, *, signed=True, t=T, keys=KEYS):
+def draw(sampler, block, *, signed=True):
     """Those of the problem, drawn once for all tests."""
-    return samples(sampler, problem(block, signed=signed)[0], t, keys)
+    return samples(sampler, problem(block, signed=signed)[0], T, KEYS)
+
+
+@functools.cache
+def draw_few(sampler, t=7):
+    """2000 samples of t of 40 groups."""
+    return samples(sampler, SCORES["heavy-tailed"], t, 2000)
 
 
 def filled(scores, t):
@@ -132,20 +150,26 @@ def test_every_weight_has_mean_one(sampler):
 
 
 def test_top_k_takes_the_largest_as_they_are():
-    weights, scores = draw("top_k", 1, keys=200), problem(1)[0]
-    np.testing.assert_array_equal(np.flatnonzero(weights[0]), np.sort(np.argsort(-scores)[:T]))
+    weights, scores = draw_few("top_k"), SCORES["heavy-tailed"]
+    np.testing.assert_array_equal(np.flatnonzero(weights[0]), np.sort(np.argsort(-scores)[:7]))
     assert set(weights.ravel()) == {0, 1}
 
 
-@pytest.mark.parametrize("t", [1, T, 127])
-@pytest.mark.parametrize("sampler", SAMPLERS)
+EXTREME = [("systematic", 1), ("wta", 1), ("systematic", 39), ("priority", 39), ("wta", 39)]
+MORE = [case for case in itertools.product(SAMPLERS, (1, 39)) if case not in EXTREME]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "t"),
+    [*((sampler, 7) for sampler in SAMPLERS), *EXTREME, *(slow(*case) for case in MORE)],
+)
 def test_sizes(sampler, t):
-    sizes = (draw(sampler, 1, t=t, keys=200) > 0).sum(1)
+    sizes = (draw_few(sampler, t) > 0).sum(1)
     if sampler in FIXED:
         assert set(sizes) == {t}
     elif sampler == "bernoulli":
-        pi = filled(problem(1)[0], t)
-        assert abs(sizes.mean() - t) <= 5 * np.sqrt((pi * (1 - pi)).sum() / 200) + 1e-6
+        pi = filled(SCORES["heavy-tailed"], t)
+        assert abs(sizes.mean() - t) <= 5 * np.sqrt((pi * (1 - pi)).sum() / 2000) + 1e-6
     else:
         assert 1 <= sizes.min() <= sizes.max() <= t
 
@@ -159,16 +183,6 @@ def test_systematic_samples_of_many_groups():
     # the sum of what the scores are proportional to has no variance
     walk = groups**0.5 * float(jnp.finfo(jnp.float32).eps)  # of the roundings of a running sum
     np.testing.assert_allclose(weights @ np.asarray(scores), scores.sum(), rtol=walk)
-
-
-SCORES = {
-    "heavy-tailed": np.random.default_rng(1).lognormal(sigma=3, size=40),
-    "equal": np.full(40, 3e-20),
-    "zero": np.zeros(40),
-    "one dominant": np.r_[np.ones(20), 1e12, np.ones(19)],
-    "few not zero": np.r_[np.zeros(20), 1.0, 2.0, 3.0, np.zeros(17)],
-    "half zero": np.r_[np.zeros(20), np.ones(20)],
-}
 
 
 @pytest.mark.parametrize("t", [1, 7, 39])
@@ -210,17 +224,17 @@ def test_what_is_not_finite_spoils_all(sampler, bad):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_same_key_the_same_sample(sampler):
-    first = samples(sampler, problem(1)[0], T, 200)
-    np.testing.assert_array_equal(first, samples(sampler, problem(1)[0], T, 200))
-    assert sampler == "top_k" or np.any(first[0] != first[1])
+    first = draw_few(sampler)
+    np.testing.assert_array_equal(first, samples(sampler, SCORES["heavy-tailed"], 7, 2000))
+    assert sampler == "top_k" or np.any(first[0] != first[1:])
 
 
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "bernoulli"])
 def test_what_is_chosen(sampler):
     """Distinct groups, all that count among them, with their weights: the rest fills up."""
-    weights = jnp.asarray(draw(sampler, 1, keys=200)[3], jnp.float32)
-    index, scale = (np.asarray(a) for a in chosen(weights, T))
-    assert len(set(index)) == T
-    back = np.zeros(128)
+    weights = jnp.asarray(draw_few(sampler)[3], jnp.float32)
+    index, scale = (np.asarray(a) for a in chosen(weights, 7))
+    assert len(set(index)) == 7
+    back = np.zeros(40)
     back[index] = scale
     np.testing.assert_array_equal(back, weights)
