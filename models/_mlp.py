@@ -136,6 +136,17 @@ class Programs(NamedTuple):
     left_on: Callable[..., Any] | None
 
 
+def _each_seed(train: Callable[..., Any]) -> Callable[..., Any]:
+    """Side by side, or one after the other on a CPU, which multiplies stacks of matrices slowly."""
+
+    def run(state: Any, keys: jax.Array, *data: jax.Array) -> Any:
+        if jax.default_backend() == "cpu":
+            return jax.lax.map(lambda one: train(*one, *data), (state, keys))
+        return jax.vmap(lambda *one: train(*one, *data))(state, keys)
+
+    return run
+
+
 def compile_programs(
     method: Method,
     training: Training,
@@ -152,8 +163,7 @@ def compile_programs(
     state = jax.eval_shape(lambda keys: start(method, training, keys, sizes), keys)
     _initial.lower(sizes, keys).compile()
     _moments.lower(method, training, sizes, keys, state[0]).compile()
-    axes = (0, 0, None, None, None, None, None)
-    run = jax.jit(jax.vmap(functools.partial(_train, method, training), axes), donate_argnums=0)
+    run = jax.jit(_each_seed(functools.partial(_train, method, training)), donate_argnums=0)
     step = jax.ShapeDtypeStruct((), jnp.int32)
     with jax.default_matmul_precision("highest"):  # as sampled products are
         train = run.lower(state, keys, *data, step, step, step).compile()
