@@ -1,7 +1,7 @@
 """Which implementation runs: pure functions of shapes and dtypes, testable on any machine."""
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 from bsjax.ops import _mosaic
 
@@ -50,10 +50,15 @@ def check(wanted: str, problem: Problem) -> None:
         names = ", ".join(f'"{name}"' for name in IMPLEMENTATIONS)
         raise ValueError(f"{problem.op}: `implementation` must be one of {names}, got {wanted!r}.")
     if wanted == "mosaic" and (reason := _mosaic.why_not(problem)):
-        raise ValueError(
-            f'{problem.op}: implementation="mosaic" cannot run here: {reason}. '
-            'Use implementation="auto", which takes the fastest that can.'
-        )
+        refuse(problem.op, wanted, reason)
+
+
+def refuse(op: str, implementation: str, reason: str) -> NoReturn:
+    """Says why an explicit request cannot be kept."""
+    raise ValueError(
+        f'{op}: implementation="{implementation}" cannot run here: {reason}. '
+        'Use implementation="auto", which takes the fastest that can.'
+    )
 
 
 def fastest(problem: Problem, platform: str) -> str:

@@ -224,6 +224,9 @@ def gathered(
     from pallas_kernels import gathered as kernels
     from pallas_kernels import lists
 
+    if not left.size * right.size:  # no tokens, or no features out
+        shape = left.shape[1 if which == "rows" else 0], right.shape[0 if which == "columns" else 1]
+        return jnp.zeros(shape, left.dtype)
     slices = weights.shape[0] * block // config.SLICE
     count = taken * block // config.SLICE
 

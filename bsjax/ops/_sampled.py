@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from bsjax.ops import _core, _gathered, _mesh, _mosaic, _reference, _sampled_core
 from bsjax.ops import _validate as validate
-from bsjax.ops._choose import IMPLEMENTATIONS, Implementation
+from bsjax.ops._choose import IMPLEMENTATIONS, Implementation, refuse
 from bsjax.ops._sampled_core import Spec, of_features, of_tokens, squares
 from bsjax.ops._samplers import SAMPLERS, Sampler
 from bsjax.pattern._validate import size
@@ -58,7 +58,8 @@ def sampled_matmul(
     slice as long as the axis is the exact norm. The samplers are described in `docs/sampling.md`.
 
     The same key gives the same sample; `key=None` and `fraction=1` are exact. Sums and scales are
-    kept in float32; y and the gradients are rounded once, to the dtypes of x and w. Scores that are
+    kept in float32; y and the gradients are rounded once, to the dtypes of x and w. (Where a GPU
+    multiplies copies of 16 bits, what is scaled is rounded to these first.) Scores that are
     not finite are an error where they can be seen; under jit they make what is sampled NaN. Samples
     are constants to derivatives, of which only reverse mode exists.
 
@@ -137,7 +138,7 @@ def checked(
         "sampler": sampler,
         "fraction": share,
         "block": size(op, "block", block, least=1),
-        "compact": _compact(op, implementation, sampler, share),
+        "compact": compact(op, implementation, sampler, share),
     }
 
 
@@ -152,7 +153,7 @@ def undivided(shape: tuple[int, ...], policy: str, block: int) -> str | None:
     )
 
 
-def _compact(op: str, implementation: str, sampler: str, share: float) -> bool:
+def compact(op: str, implementation: str, sampler: str, share: float) -> bool:
     """Whether what is sampled is copied, or the rest multiplied by zero."""
     fixed = sampler != "bernoulli"
     if implementation in ("xla", "mosaic") and not fixed:
@@ -176,14 +177,6 @@ def _kernel(implementation: str, x: Array, w: Array, options: dict[str, Any]) ->
     on_gpu = implementation == "auto" and jax.default_backend() == "gpu"
     worth = options["compact"] and x.size * w.shape[1] >= LEAST
     return "gpu" if on_gpu and worth and not reason else ""
-
-
-def refuse(op: str, implementation: str, reason: str) -> None:
-    """An explicit request is kept or refused."""
-    raise ValueError(
-        f'{op}: implementation="{implementation}" cannot run here: {reason}. '
-        'Use implementation="auto", which takes the fastest that can.'
-    )
 
 
 def _given(scores: Any, x: Array, policy: str) -> Array:

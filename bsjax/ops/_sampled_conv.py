@@ -13,8 +13,8 @@ from jaxtyping import Array, Float
 
 from bsjax.ops import _core, _mesh, _reference
 from bsjax.ops import _validate as validate
-from bsjax.ops._choose import Implementation
-from bsjax.ops._sampled import BREAK_EVEN, Policy
+from bsjax.ops._choose import Implementation, refuse
+from bsjax.ops._sampled import Policy, compact
 from bsjax.ops._sampled_core import Cut, Index, Spec, of_features, squares, times
 from bsjax.ops._samplers import SAMPLERS, Sampler
 from bsjax.pattern._validate import size
@@ -241,19 +241,9 @@ def _weights(spec: Spec, key: Array, x: Array, w: Array, scores: Array | None) -
 def _compact(implementation: str, sampler: str, share: float) -> bool:
     """Whether what is sampled is copied, or the rest multiplied by zero."""
     if implementation == "mosaic":
-        raise ValueError(
-            f'{OP}: implementation="mosaic" cannot run here: there is no kernel for convolutions. '
-            'Use implementation="auto", which takes the fastest that can.'
-        )
+        refuse(OP, implementation, "there is no kernel for convolutions")
     validate.one_of(OP, "implementation", implementation, IMPLEMENTATIONS)
-    fixed = sampler != "bernoulli"
-    if implementation == "xla" and not fixed:
-        raise ValueError(
-            f'{OP}: implementation="xla" cannot run here: the size of a sample of "bernoulli" is '
-            'random, and shapes are not. Use implementation="auto", which takes the fastest that '
-            "can."
-        )
-    return implementation == "xla" or (implementation == "auto" and fixed and share <= BREAK_EVEN)
+    return compact(OP, implementation, sampler, share)
 
 
 def _each(name: str, value: Any, axes: int) -> tuple[int, ...]:

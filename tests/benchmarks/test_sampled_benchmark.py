@@ -18,6 +18,7 @@ from benchmarks._gpu_clock import Times
 from benchmarks._gpu_floor import Ceilings
 from benchmarks._products import DENSE, Programs
 from benchmarks._sampled_cases import PARTS, SampledCase, goal, predicted
+from tests.helpers import tolerance
 
 SMALL = SampledCase(
     block=8, fraction=0.25, implementation="xla", tokens=48, shape=(64, 32), dtype="float32"
@@ -75,7 +76,11 @@ def test_what_is_sampled_alone_is_what_the_layer_samples():
             jax.jit(functools.partial(f, case=case)) for f in (suite._sampler, suite._forward)
         )
         (corner,), (y,) = (f(x, dy, w, key) for f in (alone, layer))
-        np.testing.assert_allclose(corner, y[: suite.CORNER, : suite.CORNER], rtol=1e-5, atol=1e-4)
+        # the scores differ by their own roundings, of sums over the tokens, and so do the scales
+        near = tolerance(jnp.float32, x.shape[0])
+        np.testing.assert_allclose(
+            corner, y[: suite.CORNER, : suite.CORNER], near["rtol"], near["atol"] * abs(y).max()
+        )
 
 
 def test_sums_of_squares_of_what_is_checked_are_not_rounded():

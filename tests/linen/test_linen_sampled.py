@@ -11,7 +11,7 @@ from flax import nnx
 
 import bsjax.nnx
 from bsjax.linen import SampledLinear, from_nnx, to_nnx
-from tests.helpers import assert_raises, normal
+from tests.helpers import assert_close, assert_raises, normal
 
 IN, OUT, DEPTH = 16, 6, 3
 KEY, OTHER = jax.random.key(7), jax.random.key(8)
@@ -87,7 +87,8 @@ def test_the_key_is_of_its_stream():
     first, second = Twice().apply(shared, X, rngs={"sampling": KEY})
     assert not np.allclose(first, second)
     again = jax.jit(Twice().apply)(shared, X, rngs={"sampling": KEY})
-    np.testing.assert_allclose(again, (first, second), rtol=1e-4, atol=1e-5)
+    for one, other in zip(again, (first, second), strict=True):
+        assert_close(one, other, X.shape[-1])
     jitted = nn.jit(SampledLinear)(OUT, fraction=0.5, sampler="uniform", deterministic=False)
     # nn.jit has keys of its own, made of these
     a, b, c = (jitted.apply(variables(), X, rngs={"sampling": key}) for key in (KEY, KEY, OTHER))
@@ -100,7 +101,7 @@ def test_the_key_is_of_its_stream():
         (layer(fraction=1), {}),
     ):
         got = still.apply(variables(), X, **call)
-        np.testing.assert_allclose(got, exact, rtol=1e-4, atol=1e-5)
+        assert_close(got, exact, X.shape[-1])
 
 
 class Layer(nn.Module):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import bsjax
+from bsjax.ops import _choose, _mosaic, _sampled
 from bsjax.ops._choose import Problem, fastest
-from tests.helpers import FEW, Case, random_mask
+from tests.helpers import FEW, Case, assert_close, random_mask
 
 
 def problem(op="matmul", n=4096, density=0.1, block=64, blocks=32):
@@ -99,3 +100,39 @@ def test_the_choice_is_what_runs(density):
     chosen = fastest(problem(n=FEW, density=density, block=16, blocks=8), "cpu")
     assert program("auto") == program(chosen)
     assert program("xla") != program("dense")
+
+
+def test_what_auto_stages_for_a_gpu_can_run_on_the_cpu_beside_it(monkeypatch):
+    """Where there is a Hopper GPU kernels are staged, and a program may still be for the CPU."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = (24, 128), (128, 64), (24, 64)
+    x, w, dy = (jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys, shapes, strict=False))
+    p = bsjax.BlockPattern.from_mask(random_mask(2, 1, 0.5), 64)
+
+    def step(x, w, dy):
+        options = {"key": keys[3], "fraction": 0.5, "block": 64}
+        y, pull = jax.vjp(lambda x, w: bsjax.sampled_matmul(x, w, **options), x, w)
+        return y, *pull(dy), bsjax.matmul(x, w[None, :64], p)
+
+    want = jax.jit(step)(x, w, dy)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(_mosaic, "_no_hopper", lambda device: None)
+    monkeypatch.setattr(_mosaic, "several_gpus", lambda: False)
+    monkeypatch.setattr(_sampled, "LEAST", 0)
+    monkeypatch.setattr(_choose, "GPU_FLOPS", 0)
+    monkeypatch.setitem(_choose.GPU_BREAK_EVEN["matmul"], 64, 1)
+    staged = []
+    for kernel in (_mosaic.gathered, _mosaic.matmul):
+
+        def seen(*args, kernel=kernel, **options):
+            staged.append(kernel.__name__)
+            return kernel(*args, **options)
+
+        monkeypatch.setattr(_mosaic, kernel.__name__, seen)
+    found = jax.jit(lambda *args: step(*args))(x, w, dy)
+    assert staged.count("gathered") >= 3
+    assert staged.count("matmul") >= 1
+    for got, one in zip(found, want, strict=True):
+        assert_close(got, np.asarray(one, np.float32), 128)
+    nothing = bsjax.sampled_matmul(x[:0], w, key=keys[3], fraction=0.5, block=64)
+    assert nothing.shape == (0, 64)
