@@ -1,7 +1,7 @@
 """Block-sparse recurrent cells for Flax Linen."""
 
 import dataclasses
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -187,7 +187,7 @@ class SmallWorldLSTMCell(_Cell):
         share_pattern: bool = False,
         seed: int = 0,
         **options: Any,
-    ) -> Self:
+    ) -> "SmallWorldLSTMCell":
         """With drawn patterns, as `bsjax.nnx.SmallWorldLSTMCell.from_graph` says."""
         p = _small_world.graph_patterns(
             hidden_features, block, depth, graph, parameters, share=share_pattern, seed=seed
@@ -207,7 +207,7 @@ class SmallWorldLSTMCell(_Cell):
         share_pattern: bool = False,
         seed: int = 0,
         **options: Any,
-    ) -> Self:
+    ) -> "SmallWorldLSTMCell":
         """With the most blocks of state that `budget` parameters allow, for inputs of so many
         features, as `bsjax.nnx.SmallWorldLSTMCell.from_budget` says."""
         drawn = {"share": share_pattern, "seed": seed}
