@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import bsjax.nnx
 from bsjax import BlockPattern, patterns
 from models._cli import Mistake
 
@@ -45,29 +46,27 @@ class Size(NamedTuple):
     def dense(self) -> bool:
         return self.graph == "dense"
 
+    @property
+    def outputs(self) -> int:
+        """Features that the readout sees."""
+        return -(-self.hidden // self.out_stride)
 
-GRAPHS: dict[str, Callable[[Size, int, int], np.ndarray]] = {
-    "barabasi_albert": lambda s, n, seed: patterns.barabasi_albert(n, s.links, seed=seed),
-    "watts_strogatz": lambda s, n, seed: patterns.watts_strogatz(n, s.links, s.rewired, seed=seed),
-    "balanced": lambda s, n, seed: (
-        patterns.balanced((n, n), min(1.0, 2 * s.links / n), seed=seed) | np.eye(n, dtype=bool)
-    ),
+
+PARAMETERS: dict[str, Callable[[Size, int], dict[str, Any]]] = {
+    "barabasi_albert": lambda size, n: {"m": size.links},
+    "watts_strogatz": lambda size, n: {"k_half": size.links, "p": size.rewired},
+    "balanced": lambda size, n: {"density": min(1.0, (2 * size.links + 1) / n)},
+    "strides": lambda size, n: {},
 }
 
 
 def masks(size: Size, seed: int) -> list[np.ndarray]:
     """Which blocks each internal step stores, and last the four gates: `depth + 1` masks."""
-    count = size.depth + 1
     if size.dense:
-        return [np.ones((1, 1), bool)] * count
-    blocks = size.hidden // size.block
-    if size.graph == "strides":
-        one = patterns.strides(blocks, size.depth if size.shared else count)
-        return one[:1] * count if size.shared else one
-    make_one = GRAPHS[size.graph]
-    # 100 seeds apart: no two runs share a graph
-    found = [make_one(size, blocks, 100 * seed + i) for i in range(1 if size.shared else count)]
-    return found * count if size.shared else found
+        return [np.ones((1, 1), bool)] * (size.depth + 1)
+    n = size.hidden // size.block
+    own = PARAMETERS[size.graph](size, n)
+    return patterns.step_masks(n, size.depth, size.graph, own, share=size.shared, seed=seed)
 
 
 class LanguageModel(nnx.Module):
@@ -80,8 +79,8 @@ class LanguageModel(nnx.Module):
         self.embed = nnx.Embed(
             BYTES, size.embedding, embedding_init=embedding, dtype=dtype, rngs=rngs
         )
-        self.rnn = _rnn(size, seed, rngs)
-        self.readout = nnx.Linear(_outputs(size), BYTES, dtype=dtype, rngs=rngs)
+        self.rnn = bsjax.nnx.RNN(_cell(size, seed, rngs), remat=size.remat)
+        self.readout = nnx.Linear(size.outputs, BYTES, dtype=dtype, rngs=rngs)
 
     def __call__(self, data: jax.Array, carry: Carry) -> tuple[jax.Array, Carry]:
         carry, y = self.rnn(self.embed(data), initial_carry=carry, return_carry=True)
@@ -89,8 +88,7 @@ class LanguageModel(nnx.Module):
 
     def initial_carry(self, n: int) -> Carry:
         """The state of `n` streams before their first byte: zeros."""
-        carry = self.rnn.cell.initialize_carry((n, self.size.embedding), nnx.Rngs(0))
-        return jax.tree.map(jnp.zeros_like, carry)
+        return self.rnn.cell.initialize_carry((n, self.size.embedding))
 
     def states(
         self,
@@ -122,16 +120,20 @@ class LanguageModel(nnx.Module):
         return end if last else jax.tree.map(lambda a: a.swapaxes(0, 1), every)
 
 
-def _rnn(size: Size, seed: int, rngs: nnx.Rngs) -> Any:
-    """Flax's own LSTM, in the place of the small-world one."""
-    cell = nnx.OptimizedLSTMCell(
-        size.embedding, size.hidden, dtype=jnp.dtype(size.dtype), rngs=rngs
+def _cell(size: Size, seed: int, rngs: nnx.Rngs) -> bsjax.nnx.SmallWorldLSTMCell:
+    return bsjax.nnx.SmallWorldLSTMCell(
+        size.embedding,
+        size.hidden,
+        pattern=masks(size, seed),
+        block=size.hidden if size.dense else size.block,
+        depth=size.depth,
+        in_stride=size.in_stride,
+        out_stride=size.out_stride,
+        use_layer_norm=size.layer_norm,
+        dropout_rate=size.dropout,
+        dtype=jnp.dtype(size.dtype),
+        rngs=rngs,
     )
-    return nnx.RNN(cell, rngs=rngs)
-
-
-def _outputs(size: Size) -> int:
-    return size.hidden
 
 
 def make(size: Size, seed: int = 0) -> LanguageModel:
@@ -143,10 +145,22 @@ def make(size: Size, seed: int = 0) -> LanguageModel:
 
 
 def parameters(size: Size) -> int:
-    """How many parameters there are, counted whole."""
-    recurrent = 4 * size.hidden * (size.hidden + size.embedding + 1)
-    readout = BYTES * (_outputs(size) + 1)
-    return BYTES * size.embedding + recurrent + readout
+    """How many there are, counted whole. With D internal steps and then four gates, of stored
+    blocks `e_0 .. e_D`, v vectors (gain and bias, or bias alone) of every product::
+
+        256 embedding                                   of the embedding
+        2 ceil(hidden / in_stride) (embedding + v)      of the two maps of the input
+        block^2 (sum_(j < D) e_j + 4 e_D)               of the recurrent matrices,
+        (D + 4) v hidden                                and of their norms
+        256 (ceil(hidden / out_stride) + 1)             of the readout
+    """
+    *steps, gates = (int(mask.sum()) for mask in masks(size, 0))  # as many for every seed
+    vectors = 2 if size.layer_norm else 1
+    block = size.hidden if size.dense else size.block
+    projected = 2 * -(-size.hidden // size.in_stride) * (size.embedding + vectors)
+    recurrent = block**2 * (sum(steps) + 4 * gates)
+    norms = (size.depth + 4) * vectors * size.hidden
+    return BYTES * size.embedding + projected + recurrent + norms + BYTES * (size.outputs + 1)
 
 
 def matching_dense(size: Size, wanted: int | None = None) -> Size:

@@ -23,7 +23,7 @@ from models import _streams as texts
 from models._cli import Mistake, option
 from models._lstm import Run, Training, heldout_bits
 from models._lstm_report import report
-from models._recurrent import GRAPHS, Size
+from models._recurrent import PARAMETERS, Size
 from models._report import print_sample
 from models._streams import Streams
 from models._train import Checkpoints, CtrlC, Progress, finite, output_folder
@@ -61,7 +61,7 @@ class Config:
     graph: str = option(
         "barabasi_albert",
         "which blocks are stored",
-        choices=(*GRAPHS, "strides", "dense"),
+        choices=(*PARAMETERS, "dense"),
         same=True,
     )
     links: int = option(2, "links of a new block, or to each side of a ring", least=1, same=True)
