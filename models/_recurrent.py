@@ -55,7 +55,6 @@ class Size(NamedTuple):
 PARAMETERS: dict[str, Callable[[Size, int], dict[str, Any]]] = {
     "barabasi_albert": lambda size, n: {"m": size.links},
     "watts_strogatz": lambda size, n: {"k_half": size.links, "p": size.rewired},
-    "balanced": lambda size, n: {"density": min(1.0, (2 * size.links + 1) / n)},
     "strides": lambda size, n: {},
 }
 
@@ -75,7 +74,7 @@ class LanguageModel(nnx.Module):
     def __init__(self, size: Size, seed: int):
         rngs, dtype = nnx.Rngs(seed), jnp.dtype(size.dtype)
         embedding = nnx.initializers.orthogonal(size.embedding**0.5)
-        self.size, self.seed = size, seed
+        self.size = size
         self.embed = nnx.Embed(
             BYTES, size.embedding, embedding_init=embedding, dtype=dtype, rngs=rngs
         )
@@ -163,6 +162,12 @@ def parameters(size: Size) -> int:
     return BYTES * size.embedding + projected + recurrent + norms + BYTES * (size.outputs + 1)
 
 
+def density(size: Size) -> float:
+    """Stored share of the recurrent weights, the mask of the gates counted four times."""
+    *steps, gates = (float(mask.mean()) for mask in masks(size, 0))
+    return (sum(steps) + 4 * gates) / (size.depth + 4)
+
+
 def matching_dense(size: Size, wanted: int | None = None) -> Size:
     """The dense model with as many parameters as `size` (or with `wanted`), within 1%.
 
@@ -213,9 +218,9 @@ def widest(size: Size, wanted: int) -> Size:
 
 
 def save(folder: Path, model: LanguageModel, about: dict[str, Any]) -> None:
-    """`model.json`, the sizes and what is said `about` it, and `model.npz`, all variables."""
+    """`model.json`, its size and what is said `about` it, and `model.npz`, all variables."""
     folder.mkdir(parents=True, exist_ok=True)
-    arrays, record = _arrays(model), {"size": model.size._asdict(), "seed": model.seed}
+    arrays, record = _arrays(model), {"size": model.size._asdict()}
     aside = folder / f"model.{os.getpid()}.npz"
     np.savez(aside, **arrays)  # pyright: ignore[reportArgumentType]
     aside.replace(folder / "model.npz")
@@ -226,7 +231,7 @@ def load(folder: Path) -> LanguageModel:
     """The model that `save` wrote into `folder`, ready to be evaluated."""
     try:
         record = json.loads((folder / "model.json").read_text("utf-8"))
-        size, seed = Size(**record["size"]), int(record["seed"])
+        size = Size(**record["size"])
         with np.load(folder / "model.npz") as found:
             arrays = dict(found)
     except FileNotFoundError:
@@ -238,7 +243,7 @@ def load(folder: Path) -> LanguageModel:
             f"the model in {folder} cannot be read ({type(error).__name__}): it was damaged or "
             "made by something else; train it again"
         ) from error
-    model = make(size, seed)
+    model = make(size)
     if {n: a.shape for n, a in _arrays(model).items()} != {n: a.shape for n, a in arrays.items()}:
         raise Mistake(
             f"the model in {folder} has other variables than its sizes say: train it anew"
