@@ -43,16 +43,20 @@ def adam(warmup: float, steps: int, clip: float) -> optax.GradientTransformation
     """Adam (Kingma & Ba 2015), whose `update` takes its highest rate, `rate=`: one program serves
     all of them. The rate rises, then falls along a cosine to a fiftieth."""
 
-    def scale(updates: Any, state: Any, params: Any = None, *, rate: jax.Array, **_: Any) -> Any:
+    def init(params: Any) -> Any:
         del params
-        return jax.tree.map(lambda u: -rate * u, updates), state
+        return optax.EmptyState()
+
+    def scale(updates: Any, state: Any, params: Any = None, **given: Any) -> Any:
+        del params
+        return jax.tree.map(lambda u: -given["rate"] * u, updates), state
 
     shape = optax.warmup_cosine_decay_schedule(0, 1, round(warmup * steps), steps, 1 / 50)
     return optax.chain(
         optax.clip_by_global_norm(clip),
         optax.scale_by_adam(b2=0.999),
         optax.scale_by_schedule(shape),
-        optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), scale),
+        optax.GradientTransformationExtraArgs(init, scale),
     )
 
 

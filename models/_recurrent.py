@@ -176,15 +176,9 @@ def matching_dense(size: Size, wanted: int | None = None) -> Size:
     """
     wanted = parameters(size) if wanted is None else wanted
     dense = size._replace(graph="dense", in_stride=1, out_stride=1)
-    low, high = 1, 2
-    while parameters(dense._replace(hidden=high)) <= wanted:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        below = parameters(dense._replace(hidden=middle)) <= wanted
-        low, high = (middle, high) if below else (low, middle)
+    width = _most(lambda width: parameters(dense._replace(hidden=width)), 1, wanted)
     for unit in (32, 16, 8, 4, 2, 1):
-        near = [w for w in (low // unit * unit, -(-high // unit) * unit) if w]
+        near = [w for w in (width // unit * unit, width // unit * unit + unit) if w]
         sizes = [dense._replace(hidden=width) for width in near]
         best = min(sizes, key=lambda one: abs(parameters(one) - wanted))
         if abs(parameters(best) / wanted - 1) <= 0.01:
@@ -208,10 +202,18 @@ def widest(size: Size, wanted: int) -> Size:
             f"the smallest model of blocks of {size.block} has {parameters(of(least)):,} "
             f"parameters, more than the {wanted:,} wanted: take a smaller --block, or fewer --links"
         )
-    blocks = least
-    while parameters(of(blocks + 1)) <= wanted:
-        blocks += 1
-    return of(blocks)
+    return of(_most(lambda blocks: parameters(of(blocks)), least, wanted))
+
+
+def _most(count: Callable[[int], int], low: int, wanted: int) -> int:
+    """The largest number, at least `low`, whose growing `count` is at most `wanted`."""
+    high = 2 * low
+    while count(high) <= wanted:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(middle) <= wanted else (low, middle)
+    return low
 
 
 # ------------------------------------------------------------------------------ models on the disk
@@ -246,7 +248,7 @@ def load(folder: Path) -> LanguageModel:
     model = make(size)
     if {n: a.shape for n, a in _arrays(model).items()} != {n: a.shape for n, a in arrays.items()}:
         raise Mistake(
-            f"the model in {folder} has other variables than its sizes say: train it anew"
+            f"the model in {folder} has other variables than its size says: train it again"
         )
     state = nnx.state(model, _stored)
     leaves = jax.tree_util.tree_map_with_path(lambda at, _: jnp.asarray(arrays[_name(at)]), state)

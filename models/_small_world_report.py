@@ -31,7 +31,8 @@ def report(config: Any, parts: Any, found: Found, where: Any) -> None:
     equal = at_equal_time(found)
     rows = {kind: _row(kind, found, equal) for kind in found.sizes}
     unigram = streams.unigram_bits(parts.train.data, parts.test.data)
-    title = f"{len(parts.train.data):,} bytes, {config.epochs} times; held-out bits/byte, averaged"
+    title = f"{len(parts.train.data):,} bytes, {config.epochs} times; bits/byte of held-out text, "
+    title += "averaged weights; equal time: of validation text when the faster model has ended"
     shared.print_table(title, rows | {"unigram": {"bits/byte": unigram}})
     if any(_edge(found, kind) for kind in found.sizes):
         print("* the best of the learning rates is their smallest or largest: give more of them")
@@ -138,9 +139,9 @@ def _row(kind: str, found: Found, equal: Mapping[str, Sequence[float]]) -> dict[
         "bits/byte": float(np.mean(bits)) if bits else None,
         "+-": (max(bits) - min(bits)) / 2 if len(bits) > 1 else None,
         "last weights": float(np.mean(last)) if last else None,
-        "validation, equal time": float(np.mean(at_end)) if at_end else None,
+        "equal time": float(np.mean(at_end)) if at_end else None,
         "ms/step": 1e3 * _medians(found)[kind],
-        "time, dense 1": str(shared.ratio(found.seconds[kind], found.seconds[DENSE])),
+        "dense = 1": shared.ratio(found.seconds[kind], found.seconds[DENSE]).median,
     }
 
 
@@ -154,9 +155,9 @@ def print_depths(depths: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> None:
     for depth, kinds in depths.items():
         row = {}
         for kind, one in kinds.items():
-            row[f"{kind}, width"] = one["width"]
-            row["parameters" if kind == SPARSE else "of dense"] = one["parameters"]
-            row[f"{kind}, bits/byte"] = "diverged" if one["test"] is None else one["test"]
+            of = "" if kind == SPARSE else f"{kind} "
+            row[f"{of}width"], row[f"{of}parameters"] = one["width"], one["parameters"]
+            row[f"{of}bits/byte"] = "diverged" if one["test"] is None else one["test"]
         rows[f"depth {depth}"] = row
     shared.print_table("Internal depth at equal parameters, one seed; held-out bits/byte", rows)
 

@@ -109,6 +109,8 @@ def check(config: Config) -> None:
     if config.graph == "dense":
         return
     cli.check_multiple("hidden", config.hidden, "--block", config.block)
+    if config.graph == "strides" and config.shared:
+        raise Mistake("--shared does not go with --graph strides, whose steps differ: leave it out")
     blocks = config.hidden // config.block
     most = {"barabasi_albert": blocks - 1, "watts_strogatz": (blocks - 1) // 2}
     if config.links > most.get(config.graph, config.links):
