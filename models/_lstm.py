@@ -70,6 +70,10 @@ class Run:
     carry: Carry
     training: Training
 
+    def __post_init__(self) -> None:
+        # the structure of both is looked at once, which saves half of what Python does in a step
+        self._step = nnx.cached_partial(train_step, self.model, self.optimizer)
+
     @classmethod
     def start(cls, size: Size, training: Training, seed: int) -> Self:
         model = make(size, seed)
@@ -87,9 +91,7 @@ class Run:
         """One step down the gradient; returns the mean loss before it, in bits per byte."""
         data = jnp.asarray(window), jnp.int32(count)
         how = jnp.float32(self.training.learning_rate), jnp.float32(self.training.average)
-        loss, self.average, self.carry = train_step(
-            self.model, self.optimizer, self.average, self.carry, *data, *how
-        )
+        loss, self.average, self.carry = self._step(self.average, self.carry, *data, *how)
         return loss
 
     def rewind(self) -> None:

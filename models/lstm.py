@@ -53,7 +53,7 @@ class Config:
     heldout_bytes: int = option(65_536, "of each of these two to measure on", least=2)
     batch: int = option(32, "streams of text side by side", least=1, same=True)
     length: int = option(64, "bytes that a gradient goes back", least=1, same=True)
-    hidden: int = option(1024, "features of the state", least=1, same=True)
+    hidden: int = option(640, "features of the state", least=1, same=True)
     embedding: int = option(64, "features of a byte", least=1, same=True)
     depth: int = option(5, "internal steps of a time step", least=1, same=True)
     block: int = option(32, "side of a block of weights", least=1, same=True)
