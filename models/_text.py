@@ -6,7 +6,7 @@ import hashlib
 import lzma
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,8 @@ from models._cli import Mistake
 
 HELDOUT = 0.1  # the share of files held out, by their hash
 MOST_BYTES = 2**31  # read into memory as a whole
+CHUNK = 2**20  # bytes read at a time
+OPENERS: dict[str, Callable] = {".gz": gzip.open, ".xz": lzma.open}
 # Folders of the standard library with tests, tables, documentation, or other people's code.
 NOT_SOURCE = {"encodings", "pydoc_data", "test", "tests", "idle_test", "__pycache__"}
 NOT_SOURCE |= {"lib2to3", "site-packages", "dist-packages"}
@@ -42,8 +44,8 @@ def load(paths: Sequence[Path], window: int) -> Text:
     text (one file, a few, or one that dwarfs the rest), the end of the text is held out instead.
     """
     name = " ".join(map(str, paths)) or "the source of the Python standard library"
-    files = read(paths or standard_library())
-    train, heldout, how = split(files)
+    contents = read(paths or standard_library())
+    train, heldout, how = split(contents)
     for part, data in (("training", train), ("held-out", heldout)):
         if len(data) < window:
             raise Mistake(
@@ -51,17 +53,17 @@ def load(paths: Sequence[Path], window: int) -> Text:
                 "give more text with --data, or a smaller --length"
             )
     sizes = f"{len(train) / 1e6:.2f} MB to train on, {len(heldout) / 1e6:.2f} MB held out ({how})"
-    return Text(train, heldout, f"{name}: {len(files)} files, {sizes}")
+    return Text(train, heldout, f"{name}: {len(contents)} files, {sizes}")
 
 
 def standard_library() -> list[Path]:
     """The `.py` files that came with this Python, without tests, tables and documentation."""
     root = Path(sysconfig.get_path("stdlib"))
     found = (path for path in root.rglob("*.py") if path.is_file() and path.stat().st_size)
-    files = sorted(path for path in found if not NOT_SOURCE & {*path.relative_to(root).parts})
-    if not files:
+    source = sorted(path for path in found if not NOT_SOURCE & {*path.relative_to(root).parts})
+    if not source:
         raise Mistake(f"no source of the standard library in {root}: name a text with --data PATH")
-    return files
+    return source
 
 
 def read(paths: Iterable[Path]) -> list[bytes]:
@@ -69,8 +71,8 @@ def read(paths: Iterable[Path]) -> list[bytes]:
     contents: dict[str, bytes] = {}
     total = 0
     for path in paths:
-        for file in _files(path):
-            content = _read(file)
+        for file in files(path):
+            content = b"".join(chunks(file, MOST_BYTES + 1))
             if not content and file == path:
                 raise Mistake(f"{file} is empty: name a file with text in it")
             contents[hashlib.sha256(content).hexdigest()] = content
@@ -78,12 +80,12 @@ def read(paths: Iterable[Path]) -> list[bytes]:
             if total > MOST_BYTES:
                 raise Mistake(f"the text is longer than {MOST_BYTES:,} bytes: name fewer files")
     # in the order of their hashes: names and places do not matter
-    files = [contents[key] for key in sorted(contents) if contents[key]]
-    if not files:
+    found = [contents[key] for key in sorted(contents) if contents[key]]
+    if not found:
         raise Mistake(
             f"no text in {', '.join(map(str, paths))}: name a file or folder that has some"
         )
-    return files
+    return found
 
 
 def split(files: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, str]:
@@ -141,7 +143,7 @@ def _join(files: Iterable[bytes]) -> np.ndarray:
     return np.frombuffer(b"\n".join(files), np.uint8)
 
 
-def _files(path: Path) -> list[Path]:
+def files(path: Path) -> list[Path]:
     """`path` itself, or all files below it that are not hidden."""
     if path.is_file():
         return [path]
@@ -153,11 +155,13 @@ def _files(path: Path) -> list[Path]:
     return sorted(path / file for file in seen if (path / file).is_file())
 
 
-def _read(path: Path) -> bytes:
-    openers: dict[str, Callable] = {".gz": gzip.open, ".xz": lzma.open}
+def chunks(path: Path, most: int, *, size: int = CHUNK) -> Iterator[bytes]:
+    """The content of a file, unpacked, in pieces of `size` bytes; ends after `most` bytes."""
     try:
-        with openers.get(path.suffix, open)(path, "rb") as file:
-            content = file.read(MOST_BYTES + 1)
+        with OPENERS.get(path.suffix, open)(path, "rb") as file:
+            while most > 0 and (piece := file.read(min(size, most))):
+                yield piece
+                most -= len(piece)
     except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
         raise Mistake(
             f"{path} cannot be unpacked ({error}): it is cut off, corrupt, or no "
@@ -165,4 +169,3 @@ def _read(path: Path) -> bytes:
         ) from None
     except OSError as error:
         raise Mistake(f"{path} cannot be read ({error.strerror}): check its permissions") from None
-    return content
