@@ -6,26 +6,16 @@ bounds it, and h would hide what the output gate happens to close after this byt
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from models._recurrent import LanguageModel
+
 BEFORE, AFTER = b"\n", b" "  # a text begins as a line does, and its last word ends
-
-
-class Recurrent(Protocol):
-    """What is asked of a language model; carries are pytrees of arrays [n, ...]."""
-
-    def initial_carry(self, n: int) -> Any:
-        """The state before the first byte of n texts."""
-        ...
-
-    def states(self, data: jax.Array, carry: Any) -> tuple[Any, jax.Array]:
-        """(the state after `data[n, l]`, c[n, l, features] after each byte)."""
-        ...
 
 
 def frame(text: str) -> bytes:
@@ -35,7 +25,7 @@ def frame(text: str) -> bytes:
 
 
 def encode(
-    model: Recurrent,
+    model: LanguageModel,
     texts: Sequence[bytes],
     *,
     batch: int = 64,
@@ -45,42 +35,45 @@ def encode(
     """tanh(c), float32 [n, features], after the last byte of each text.
 
     Texts of similar length go side by side, `chunk` bytes at a time with the state carried on, so
-    that one program of one shape reads texts of any length, and padding is less than a chunk of
-    the shorter ones. After a text has ended its row reads zeros that nothing looks at. `update` is
-    told how many bytes were read.
+    that one program of one shape reads texts of any length. A text that has ended keeps its state;
+    what is read for nothing is less than a chunk and the difference to the longest neighbour.
+    `update` is told how many bytes were read.
     """
+    if not texts:
+        raise ValueError("encode: `texts` is empty: expected at least one text.")
     order = np.argsort([len(text) for text in texts], kind="stable")
     found: np.ndarray | None = None
     for first in range(0, len(order), batch):
         rows = order[first : first + batch]
         data, lengths = _padded([texts[i] for i in rows], batch, chunk)
         carry = model.initial_carry(batch)
-        kept: jax.Array | None = None
         for start in range(0, data.shape[1], chunk):
-            part = jnp.asarray(data[:, start : start + chunk])
-            carry, last = _read(model, part, carry, jnp.asarray(lengths - 1 - start), kept)
-            kept = last
-            update(int(np.clip(lengths - start, 0, chunk).sum()))
-        if found is None:
-            found = np.empty((len(texts), kept.shape[1]), np.float32)
-        found[rows] = np.asarray(kept)[: len(rows)]
-    if found is None:
-        raise ValueError("encode: `texts` is empty: expected at least one text.")
+            left = np.clip(lengths - start, 0, chunk)
+            carry = _read(
+                model, jnp.asarray(data[:, start : start + chunk]), carry, jnp.asarray(left)
+            )
+            jax.block_until_ready(carry)  # or progress would run ahead
+            update(int(left.sum()))
+        features = _features(carry)[: len(rows)]
+        found = np.empty((len(texts), features.shape[1]), np.float32) if found is None else found
+        found[rows] = features
+    assert found is not None
     return found
 
 
-def trace(model: Recurrent, text: bytes, unit: int, *, chunk: int = 32) -> np.ndarray:
+def trace(model: LanguageModel, text: bytes, unit: int, *, chunk: int = 32) -> np.ndarray:
     """tanh(c) of one unit after each byte of `text`, float32 [len(text)]."""
     data, _ = _padded([text], 1, chunk)
     carry, values = model.initial_carry(1), []
     for start in range(0, data.shape[1], chunk):
-        carry, features = _features(model, jnp.asarray(data[:, start : start + chunk]), carry)
-        values.append(np.asarray(features[0, :, unit]))
+        every = _follow(model, jnp.asarray(data[:, start : start + chunk]), carry)
+        carry = jax.tree.map(lambda a: a[:, -1], every)
+        values.append(_features(every)[0, :, unit])
     return np.concatenate(values)[: len(text)]
 
 
 def _padded(texts: Sequence[bytes], batch: int, chunk: int) -> tuple[np.ndarray, np.ndarray]:
-    """(bytes [batch, multiple of chunk] int32, lengths [batch]); rows and ends are zeros."""
+    """(bytes [batch, multiple of chunk] int32, lengths [batch] int32), filled up with zeros."""
     lengths = np.zeros(batch, np.int32)
     lengths[: len(texts)] = [len(text) for text in texts]
     data = np.zeros((batch, -(-lengths.max() // chunk) * chunk), np.int32)
@@ -89,20 +82,15 @@ def _padded(texts: Sequence[bytes], batch: int, chunk: int) -> tuple[np.ndarray,
     return data, lengths
 
 
-@nnx.jit
-def _features(model: Any, data: jax.Array, carry: Any) -> tuple[Any, jax.Array]:
-    carry, c = model.states(data, carry)
-    return carry, jnp.tanh(c.astype(jnp.float32))
+def _features(carry: Any) -> np.ndarray:
+    return np.tanh(np.asarray(carry[0], np.float32))
 
 
 @nnx.jit
-def _read(
-    model: Any, data: jax.Array, carry: Any, last: jax.Array, kept: jax.Array
-) -> tuple[Any, jax.Array]:
-    """(the carry, `kept` with the features of the texts whose last byte is in this piece)."""
-    carry, features = _features(model, data, carry)
-    length = data.shape[1]
-    here = (last >= 0) & (last < length)
-    at = jnp.clip(last, 0, length - 1)[:, None, None]
-    found = jnp.take_along_axis(features, at, axis=1)[:, 0]
-    return carry, jnp.where(here[:, None], found, kept)
+def _read(model: LanguageModel, data: jax.Array, carry: Any, lengths: jax.Array) -> Any:
+    return model.states(data, carry, lengths=lengths, last=True)
+
+
+@nnx.jit
+def _follow(model: LanguageModel, data: jax.Array, carry: Any) -> Any:
+    return model.states(data, carry)

@@ -6,7 +6,7 @@ accuracy is measured on: see `Round`.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from sklearn.preprocessing import StandardScaler
 
 from models._cli import Mistake
 
+_LETTERS = {byte: 0x100 + byte for byte in range(256)}
 CHOOSE = 0.1  # the share of the training part that choices are made on, where none is given
 
 
@@ -86,9 +87,10 @@ TRIGRAMS = Kind(
 )
 
 
-def as_characters(texts: list[bytes]) -> np.ndarray:
-    """Texts whose characters are the bytes of `texts`."""
-    return np.array([text.decode("latin-1") for text in texts], object)
+def as_characters(texts: Iterable[bytes]) -> np.ndarray:
+    """Texts whose characters stand for the bytes of `texts`: U+0100 and on, of which none is a
+    space, since scikit-learn makes one of several."""
+    return np.array([text.decode("latin-1").translate(_LETTERS) for text in texts], object)
 
 
 class Told(NamedTuple):

@@ -44,13 +44,13 @@ class Labelled(NamedTuple):
 
 
 def load(paths: Sequence[Path]) -> list[Labelled]:
-    """The data sets in these files and folders, in the order of their names.
+    """The data sets in these files and folders, in the order given, and by name within a folder.
 
     Files that differ by "train", "dev" and "test" in their names are the parts of one set; every
     other file is a set of its own. Raises `Mistake`, with what to do, for anything else.
     """
     found: dict[tuple[Path, str], dict[str, Path]] = {}
-    for file in sorted({file for path in paths for file in texts.files(path)}):
+    for file in dict.fromkeys(file for path in paths for file in texts.files(path)):
         name, part = _name(file)
         parts = found.setdefault((file.parent, name), {})
         if part in parts or (parts and "" in (part, *parts)):
@@ -61,7 +61,7 @@ def load(paths: Sequence[Path]) -> list[Labelled]:
     names = [one.name for one in sets]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise Mistake(f"--data holds the set {twice} twice: name one of its folders")
-    return sorted(sets, key=lambda one: one.name)
+    return sets
 
 
 def labelled(path: Path) -> list[tuple[int, str]]:
@@ -186,9 +186,12 @@ def _lines(path: Path, content: bytes) -> list[tuple[str, str, str]]:
         text = content.decode()
     except UnicodeDecodeError:
         text = content.decode("latin-1")
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
-    split = ((f"line {i}", *line.partition(" ")[::2]) for i, line in enumerate(lines, 1) if line)
-    return list(split)
+    found = []
+    for number, line in enumerate(text.split("\n"), 1):
+        label, _, words = line.removesuffix("\r").partition(" ")
+        if label or words:
+            found.append((f"line {number}", label, words))
+    return found
 
 
 def _content(path: Path) -> bytes:
@@ -196,7 +199,10 @@ def _content(path: Path) -> bytes:
     if not content.strip():
         raise Mistake(f"{path} is empty: name a file with labels and texts in it")
     if b"\0" in content:
-        raise Mistake(f"{path} has zero bytes in it, as UTF-16 has: convert it to UTF-8")
+        raise Mistake(
+            f"{path} has zero bytes in it, as UTF-16 and packed files have: convert it to UTF-8, "
+            "or let its name end in .gz or .xz"
+        )
     return content.removeprefix(b"\xef\xbb\xbf")
 
 

@@ -173,7 +173,9 @@ def _borders(
     """(where validation and test begin, whether both are ends of files)."""
     wanted = size - round(size * (valid + test)), size - round(size * test)
     nearest = [min(ends, key=lambda end: abs(end - border)) for border in wanted]
-    close = [abs(a - b) <= min(valid, test) * size / 4 for a, b in zip(nearest, wanted, strict=True)]
+    close = [
+        abs(a - b) <= min(valid, test) * size / 4 for a, b in zip(nearest, wanted, strict=True)
+    ]
     first, second = (n if c else w for n, c, w in zip(nearest, close, wanted, strict=True))
     return (first, second), all(close)
 
