@@ -15,6 +15,7 @@ are made on other texts than those that are counted.
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -175,9 +176,9 @@ def usual_unit(units: Sequence[Mapping[str, Any]]) -> Unit:
 
 def shown(config: Config, one: Labelled, chosen: Round) -> list[str]:
     """The texts to draw: that of --review, or of each label the longest of the test that fits."""
-    if config.review:
+    if config.review.strip():
         return [config.review]
-    fits = [i for i in chosen.test if len(one.texts[i].encode()) <= SHOWN]
+    fits = [i for i in chosen.test if 0 < len(one.texts[i].strip().encode()) <= SHOWN]
     found = []
     for label in (0, 1):
         of_label = [one.texts[i] for i in fits if one.labels[i] == label]
@@ -224,6 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     about = {name: one.about for name, one in found.items()}
     flags = {field.name: str(getattr(config, field.name)) for field in dataclasses.fields(config)}
     where = whereabouts(cli.shell_command("models.sentiment", config))
+    where["scikit-learn"] = version("scikit-learn")
     report(
         config.out,
         sets,
