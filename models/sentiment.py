@@ -104,12 +104,13 @@ def regress(
 ) -> dict[str, Cell]:
     """What a regression tells of each set."""
     cells, done = {}, 0
-    with Progress(sum(map(len, rounds)), tokens=1, unit="rounds", doing="fitting") as progress:
+    total = sum(len(one.refit) for its in rounds for one in its)
+    with Progress(total, tokens=1, unit="texts", doing="fitting") as progress:
         for x, one, its_rounds in zip(features, sets, rounds, strict=True):
             told: list[Told] = []
             for chosen in its_rounds:
                 told.append(probes.probe(kind, x, one.labels, chosen))
-                done += 1
+                done += len(chosen.refit)
                 progress.update(done, f"{name}, {one.name}: {100 * told[-1].accuracy:.1f}%")
             found = {"penalties": [t.penalty for t in told], "weights": [t.weights for t in told]}
             cells[one.name] = cell(its_rounds, [t.accuracy for t in told], found)
