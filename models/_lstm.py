@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -12,7 +13,18 @@ import optax
 from flax import nnx
 
 from models._recurrent import Carry, LanguageModel, Size, make
-from models._streams import Streams
+from models._report import interleaved
+from models._streams import Splits, Streams
+
+
+class Parts:
+    """The text of a recipe, as streams."""
+
+    def __init__(self, config: Any, text: Splits) -> None:
+        shape, most = (config.batch, config.length), config.heldout_bytes + 1
+        self.train = Streams(text.train, *shape).check("training")
+        self.valid = Streams(text.valid[:most], *shape).check("validation")
+        self.test = Streams(text.test[:most], *shape).check("held-out")
 
 
 class Training(NamedTuple):
@@ -27,10 +39,25 @@ class Training(NamedTuple):
 
 
 @functools.cache  # two runs of a kind must be made of the same functions, or both compile
-def adam(peak: float, warmup: float, steps: int, clip: float) -> optax.GradientTransformation:
-    """Adam (Kingma & Ba 2015); its rate rises, then falls along a cosine."""
-    rate = optax.warmup_cosine_decay_schedule(0, peak, round(warmup * steps), steps, peak / 50)
-    return optax.chain(optax.clip_by_global_norm(clip), optax.adam(rate, b2=0.999))
+def adam(warmup: float, steps: int, clip: float) -> optax.GradientTransformationExtraArgs:
+    """Adam (Kingma & Ba 2015), whose `update` takes its highest rate, `rate=`: one program serves
+    all of them. The rate rises, then falls along a cosine to a fiftieth."""
+
+    def init(params: Any) -> Any:
+        del params
+        return optax.EmptyState()
+
+    def scale(updates: Any, state: Any, params: Any = None, **given: Any) -> Any:
+        del params
+        return jax.tree.map(lambda u: -given["rate"] * u, updates), state
+
+    shape = optax.warmup_cosine_decay_schedule(0, 1, round(warmup * steps), steps, 1 / 50)
+    return optax.chain(
+        optax.clip_by_global_norm(clip),
+        optax.scale_by_adam(b2=0.999),
+        optax.scale_by_schedule(shape),
+        optax.GradientTransformationExtraArgs(init, scale),
+    )
 
 
 @dataclasses.dataclass
@@ -41,24 +68,27 @@ class Run:
     optimizer: nnx.Optimizer
     average: dict[str, Any]
     carry: Carry
-    decay: float
+    training: Training
 
     @classmethod
     def start(cls, size: Size, training: Training, seed: int) -> Self:
         model = make(size, seed)
         model.train()
-        tx = adam(training.learning_rate, training.warmup, training.steps, training.clip)
+        # steps that share a pattern share its arrays, which could not be donated twice
+        nnx.update(model, jax.tree.map(jnp.copy, nnx.state(model)))
+        tx = adam(training.warmup, training.steps, training.clip)
         average = nnx.to_pure_dict(nnx.state(model, nnx.Param))
         average = jax.tree.map(jnp.copy, average)  # the parameters are donated
         carry = model.initial_carry(training.batch)
         optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-        return cls(model, optimizer, average, carry, training.average)
+        return cls(model, optimizer, average, carry, training)
 
     def step(self, window: np.ndarray, count: int) -> jax.Array:
         """One step down the gradient; returns the mean loss before it, in bits per byte."""
-        how = jnp.asarray(window), jnp.int32(count), jnp.float32(self.decay)
+        data = jnp.asarray(window), jnp.int32(count)
+        how = jnp.float32(self.training.learning_rate), jnp.float32(self.training.average)
         loss, self.average, self.carry = train_step(
-            self.model, self.optimizer, self.average, self.carry, *how
+            self.model, self.optimizer, self.average, self.carry, *data, *how
         )
         return loss
 
@@ -108,6 +138,7 @@ def train_step(
     carry: Carry,
     window: jax.Array,
     count: jax.Array,
+    rate: jax.Array,
     decay: jax.Array,
 ) -> tuple[jax.Array, dict[str, Any], Carry]:
     """(loss, average, carry) after a step on the first `count` bytes of each row of the window.
@@ -123,11 +154,20 @@ def train_step(
         return bits.sum() / (bits.shape[0] * count).astype(jnp.float32), after
 
     (value, carry), gradient = nnx.value_and_grad(loss, has_aux=True)(model)
-    optimizer.update(model, gradient)
+    optimizer.update(model, gradient, rate=rate)
     share = jnp.maximum(1 - decay, 9 / (9 + optimizer.step[...].astype(jnp.float32)))
     now = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     average = jax.tree.map(lambda new, old: share * new + (1 - share) * old, now, average)
     return value, average, carry
+
+
+def step_seconds(
+    sizes: Mapping[str, Size], training: Training, data: tuple[np.ndarray, int], rounds: int
+) -> dict[str, np.ndarray]:
+    """Seconds of training steps of fresh models, in turn, round by round."""
+    runs = {name: Run.start(size, training, 0) for name, size in sizes.items()}
+    steps = {name: functools.partial(run.step, *data) for name, run in runs.items()}
+    return interleaved(steps, rounds)
 
 
 _costs = nnx.jit(costs)

@@ -1,6 +1,5 @@
 """What `models.lstm` shows at its end: a table, samples of text, pictures."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,12 +13,12 @@ from models import _report as report_
 from models import _streams as streams
 from models import _text as texts
 from models._cli import fixed
-from models._lstm import Run, Training, evaluated, heldout_bits
+from models._lstm import Parts, Run, Training, evaluated, heldout_bits, step_seconds
 from models._report import pyplot
 
 
 def report(
-    config: Any, training: Training, parts: Any, runs: Mapping[str, Run], log: Mapping[str, Any]
+    config: Any, training: Training, parts: Parts, runs: Mapping[str, Run], log: Mapping[str, Any]
 ) -> None:
     """Prints the table and the samples, saves the numbers and the pictures."""
     print("Measuring on held-out text ...", flush=True)
@@ -31,12 +30,13 @@ def report(
         "lzma": texts.lzma_bits(parts.test.data),
     }
     print("Timing training steps, the models in turn ...", flush=True)
-    seconds = step_seconds(config, training, parts, {n: m.size for n, m in models.items()})
+    sizes, data = {n: m.size for n, m in models.items()}, parts.train.window(0)
+    seconds = step_seconds(sizes, training, data, config.rounds)
     rows = {
         name: {
             "width": model.size.hidden,
             "parameters": recurrent.parameters(model.size),
-            "density": density(model.size, model.seed),
+            "density": recurrent.density(model.size),
             "bits/byte": bits[name],
             "last weights": last[name],
             "ms/step": 1e3 * float(np.median(seconds[name])),
@@ -59,26 +59,8 @@ def report(
     losses = {name: one["losses"] for name, one in log.items()}
     report_.save_curves(f"{stem}-losses.png", losses, lines, y="bits per byte")
     if sparse := [model for model in models.values() if not model.size.dense]:
-        save_graphs(stem, sparse[0].size, sparse[0].seed)
+        save_graphs(stem, sparse[0].size, config.seed)
     print(f"Pictures, numbers, models and the last checkpoint are in {config.out}")
-
-
-def step_seconds(
-    config: Any, training: Training, parts: Any, sizes: Mapping[Any, recurrent.Size]
-) -> dict[Any, np.ndarray]:
-    """Seconds of training steps of fresh models, round by round."""
-    data = parts.train.window(0)
-    steps = {
-        name: functools.partial(Run.start(size, training, config.seed).step, *data)
-        for name, size in sizes.items()
-    }
-    return report_.interleaved(steps, config.rounds)
-
-
-def density(size: recurrent.Size, seed: int) -> float:
-    """Stored share of the recurrent weights, the four gates counted four times."""
-    *steps, gates = (float(mask.mean()) for mask in recurrent.masks(size, seed))
-    return (sum(steps) + 4 * gates) / (len(steps) + 4)
 
 
 def sample(config: Any, name: str, model: recurrent.LanguageModel) -> None:

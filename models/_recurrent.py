@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import bsjax.nnx
 from bsjax import BlockPattern, patterns
 from models._cli import Mistake
 
@@ -45,29 +46,26 @@ class Size(NamedTuple):
     def dense(self) -> bool:
         return self.graph == "dense"
 
+    @property
+    def outputs(self) -> int:
+        """Features that the readout sees."""
+        return -(-self.hidden // self.out_stride)
 
-GRAPHS: dict[str, Callable[[Size, int, int], np.ndarray]] = {
-    "barabasi_albert": lambda s, n, seed: patterns.barabasi_albert(n, s.links, seed=seed),
-    "watts_strogatz": lambda s, n, seed: patterns.watts_strogatz(n, s.links, s.rewired, seed=seed),
-    "balanced": lambda s, n, seed: (
-        patterns.balanced((n, n), min(1.0, 2 * s.links / n), seed=seed) | np.eye(n, dtype=bool)
-    ),
+
+PARAMETERS: dict[str, Callable[[Size, int], dict[str, Any]]] = {
+    "barabasi_albert": lambda size, n: {"m": size.links},
+    "watts_strogatz": lambda size, n: {"k_half": size.links, "p": size.rewired},
+    "strides": lambda size, n: {},
 }
 
 
 def masks(size: Size, seed: int) -> list[np.ndarray]:
     """Which blocks each internal step stores, and last the four gates: `depth + 1` masks."""
-    count = size.depth + 1
     if size.dense:
-        return [np.ones((1, 1), bool)] * count
-    blocks = size.hidden // size.block
-    if size.graph == "strides":
-        one = patterns.strides(blocks, size.depth if size.shared else count)
-        return one[:1] * count if size.shared else one
-    make_one = GRAPHS[size.graph]
-    # 100 seeds apart: no two runs share a graph
-    found = [make_one(size, blocks, 100 * seed + i) for i in range(1 if size.shared else count)]
-    return found * count if size.shared else found
+        return [np.ones((1, 1), bool)] * (size.depth + 1)
+    n = size.hidden // size.block
+    own = PARAMETERS[size.graph](size, n)
+    return patterns.step_masks(n, size.depth, size.graph, own, share=size.shared, seed=seed)
 
 
 class LanguageModel(nnx.Module):
@@ -76,12 +74,12 @@ class LanguageModel(nnx.Module):
     def __init__(self, size: Size, seed: int):
         rngs, dtype = nnx.Rngs(seed), jnp.dtype(size.dtype)
         embedding = nnx.initializers.orthogonal(size.embedding**0.5)
-        self.size, self.seed = size, seed
+        self.size = size
         self.embed = nnx.Embed(
             BYTES, size.embedding, embedding_init=embedding, dtype=dtype, rngs=rngs
         )
-        self.rnn = _rnn(size, seed, rngs)
-        self.readout = nnx.Linear(_outputs(size), BYTES, dtype=dtype, rngs=rngs)
+        self.rnn = bsjax.nnx.RNN(_cell(size, seed, rngs), remat=size.remat)
+        self.readout = nnx.Linear(size.outputs, BYTES, dtype=dtype, rngs=rngs)
 
     def __call__(self, data: jax.Array, carry: Carry) -> tuple[jax.Array, Carry]:
         carry, y = self.rnn(self.embed(data), initial_carry=carry, return_carry=True)
@@ -89,8 +87,7 @@ class LanguageModel(nnx.Module):
 
     def initial_carry(self, n: int) -> Carry:
         """The state of `n` streams before their first byte: zeros."""
-        carry = self.rnn.cell.initialize_carry((n, self.size.embedding), nnx.Rngs(0))
-        return jax.tree.map(jnp.zeros_like, carry)
+        return self.rnn.cell.initialize_carry((n, self.size.embedding))
 
     def states(
         self,
@@ -122,16 +119,20 @@ class LanguageModel(nnx.Module):
         return end if last else jax.tree.map(lambda a: a.swapaxes(0, 1), every)
 
 
-def _rnn(size: Size, seed: int, rngs: nnx.Rngs) -> Any:
-    """Flax's own LSTM, in the place of the small-world one."""
-    cell = nnx.OptimizedLSTMCell(
-        size.embedding, size.hidden, dtype=jnp.dtype(size.dtype), rngs=rngs
+def _cell(size: Size, seed: int, rngs: nnx.Rngs) -> bsjax.nnx.SmallWorldLSTMCell:
+    return bsjax.nnx.SmallWorldLSTMCell(
+        size.embedding,
+        size.hidden,
+        pattern=masks(size, seed),
+        block=size.hidden if size.dense else size.block,
+        depth=size.depth,
+        in_stride=size.in_stride,
+        out_stride=size.out_stride,
+        use_layer_norm=size.layer_norm,
+        dropout_rate=size.dropout,
+        dtype=jnp.dtype(size.dtype),
+        rngs=rngs,
     )
-    return nnx.RNN(cell, rngs=rngs)
-
-
-def _outputs(size: Size) -> int:
-    return size.hidden
 
 
 def make(size: Size, seed: int = 0) -> LanguageModel:
@@ -143,10 +144,28 @@ def make(size: Size, seed: int = 0) -> LanguageModel:
 
 
 def parameters(size: Size) -> int:
-    """How many parameters there are, counted whole."""
-    recurrent = 4 * size.hidden * (size.hidden + size.embedding + 1)
-    readout = BYTES * (_outputs(size) + 1)
-    return BYTES * size.embedding + recurrent + readout
+    """How many there are, counted whole. With D internal steps and then four gates, of stored
+    blocks `e_0 .. e_D`, v vectors (gain and bias, or bias alone) of every product::
+
+        256 embedding                                   of the embedding
+        2 ceil(hidden / in_stride) (embedding + v)      of the two maps of the input
+        block^2 (sum_(j < D) e_j + 4 e_D)               of the recurrent matrices,
+        (D + 4) v hidden                                and of their norms
+        256 (ceil(hidden / out_stride) + 1)             of the readout
+    """
+    *steps, gates = (int(mask.sum()) for mask in masks(size, 0))  # as many for every seed
+    vectors = 2 if size.layer_norm else 1
+    block = size.hidden if size.dense else size.block
+    projected = 2 * -(-size.hidden // size.in_stride) * (size.embedding + vectors)
+    recurrent = block**2 * (sum(steps) + 4 * gates)
+    norms = (size.depth + 4) * vectors * size.hidden
+    return BYTES * size.embedding + projected + recurrent + norms + BYTES * (size.outputs + 1)
+
+
+def density(size: Size) -> float:
+    """Stored share of the recurrent weights, the mask of the gates counted four times."""
+    *steps, gates = (float(mask.mean()) for mask in masks(size, 0))
+    return (sum(steps) + 4 * gates) / (size.depth + 4)
 
 
 def matching_dense(size: Size, wanted: int | None = None) -> Size:
@@ -157,15 +176,9 @@ def matching_dense(size: Size, wanted: int | None = None) -> Size:
     """
     wanted = parameters(size) if wanted is None else wanted
     dense = size._replace(graph="dense", in_stride=1, out_stride=1)
-    low, high = 1, 2
-    while parameters(dense._replace(hidden=high)) <= wanted:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        below = parameters(dense._replace(hidden=middle)) <= wanted
-        low, high = (middle, high) if below else (low, middle)
+    width = _most(lambda width: parameters(dense._replace(hidden=width)), 1, wanted)
     for unit in (32, 16, 8, 4, 2, 1):
-        near = [w for w in (low // unit * unit, -(-high // unit) * unit) if w]
+        near = [w for w in (width // unit * unit, width // unit * unit + unit) if w]
         sizes = [dense._replace(hidden=width) for width in near]
         best = min(sizes, key=lambda one: abs(parameters(one) - wanted))
         if abs(parameters(best) / wanted - 1) <= 0.01:
@@ -189,19 +202,27 @@ def widest(size: Size, wanted: int) -> Size:
             f"the smallest model of blocks of {size.block} has {parameters(of(least)):,} "
             f"parameters, more than the {wanted:,} wanted: take a smaller --block, or fewer --links"
         )
-    blocks = least
-    while parameters(of(blocks + 1)) <= wanted:
-        blocks += 1
-    return of(blocks)
+    return of(_most(lambda blocks: parameters(of(blocks)), least, wanted))
+
+
+def _most(count: Callable[[int], int], low: int, wanted: int) -> int:
+    """The largest number, at least `low`, whose growing `count` is at most `wanted`."""
+    high = 2 * low
+    while count(high) <= wanted:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(middle) <= wanted else (low, middle)
+    return low
 
 
 # ------------------------------------------------------------------------------ models on the disk
 
 
 def save(folder: Path, model: LanguageModel, about: dict[str, Any]) -> None:
-    """`model.json`, the sizes and what is said `about` it, and `model.npz`, all variables."""
+    """`model.json`, its size and what is said `about` it, and `model.npz`, all variables."""
     folder.mkdir(parents=True, exist_ok=True)
-    arrays, record = _arrays(model), {"size": model.size._asdict(), "seed": model.seed}
+    arrays, record = _arrays(model), {"size": model.size._asdict()}
     aside = folder / f"model.{os.getpid()}.npz"
     np.savez(aside, **arrays)  # pyright: ignore[reportArgumentType]
     aside.replace(folder / "model.npz")
@@ -212,7 +233,7 @@ def load(folder: Path) -> LanguageModel:
     """The model that `save` wrote into `folder`, ready to be evaluated."""
     try:
         record = json.loads((folder / "model.json").read_text("utf-8"))
-        size, seed = Size(**record["size"]), int(record["seed"])
+        size = Size(**record["size"])
         with np.load(folder / "model.npz") as found:
             arrays = dict(found)
     except FileNotFoundError:
@@ -224,10 +245,10 @@ def load(folder: Path) -> LanguageModel:
             f"the model in {folder} cannot be read ({type(error).__name__}): it was damaged or "
             "made by something else; train it again"
         ) from error
-    model = make(size, seed)
+    model = make(size)
     if {n: a.shape for n, a in _arrays(model).items()} != {n: a.shape for n, a in arrays.items()}:
         raise Mistake(
-            f"the model in {folder} has other variables than its sizes say: train it anew"
+            f"the model in {folder} has other variables than its size says: train it again"
         )
     state = nnx.state(model, _stored)
     leaves = jax.tree_util.tree_map_with_path(lambda at, _: jnp.asarray(arrays[_name(at)]), state)

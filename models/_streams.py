@@ -43,6 +43,8 @@ def load(
     their hashes, a line break after each. The end of the text is the test part, what comes before
     it the validation part; where a file ends close to a border, the border goes there, so that no
     file is on both sides. `most` bytes of the rest, its first, are trained on (None: all).
+
+    Nobody may cut off a mapped file while it is in use.
     """
     name = " ".join(map(str, paths)) or "the source of the Python standard library"
     source, ends = _raw(paths or texts.standard_library(), spool)
@@ -51,7 +53,7 @@ def load(
     parts = [data[a:b] for a, b in zip((0, *borders), (*borders, len(data)), strict=True)]
     parts[0] = parts[0][:most]
     train, *held = (f"{len(part) / 1e6:.2f} MB" for part in parts)
-    how = "whole files" if whole else "cut where they end"
+    how = "whole files" if whole else "the end of the text"
     about = f"{name}: {train} of {borders[0] / 1e6:.2f} MB to train on, {held[0]} to choose by, "
     about += f"{held[1]} to report ({how})"
     return Splits(*parts, digest=_digest(data, [len(part) for part in parts]), about=about)
@@ -161,7 +163,8 @@ def _write(files: Sequence[Path], spool: Path) -> list[int]:
                 if out.tell() > before:
                     out.write(b"\n")
                     ends.append(out.tell())
-        aside.replace(spool)
+        if ends:
+            aside.replace(spool)
     finally:
         aside.unlink(missing_ok=True)
     return ends

@@ -21,11 +21,10 @@ from models import _generate as writing
 from models import _recurrent as recurrent
 from models import _streams as texts
 from models._cli import Mistake, option
-from models._lstm import Run, Training, heldout_bits
+from models._lstm import Parts, Run, Training, heldout_bits
 from models._lstm_report import report
-from models._recurrent import GRAPHS, Size
+from models._recurrent import PARAMETERS, Size
 from models._report import print_sample
-from models._streams import Streams
 from models._train import Checkpoints, CtrlC, Progress, finite, output_folder
 
 ABOUT = "Trains a small-world LSTM on text, alone or beside a dense LSTM of equal size."
@@ -61,7 +60,7 @@ class Config:
     graph: str = option(
         "barabasi_albert",
         "which blocks are stored",
-        choices=(*GRAPHS, "strides", "dense"),
+        choices=(*PARAMETERS, "dense"),
         same=True,
     )
     links: int = option(2, "links of a new block, or to each side of a ring", least=1, same=True)
@@ -110,6 +109,8 @@ def check(config: Config) -> None:
     if config.graph == "dense":
         return
     cli.check_multiple("hidden", config.hidden, "--block", config.block)
+    if config.graph == "strides" and config.shared:
+        raise Mistake("--shared does not go with --graph strides, whose steps differ: leave it out")
     blocks = config.hidden // config.block
     most = {"barabasi_albert": blocks - 1, "watts_strogatz": (blocks - 1) // 2}
     if config.links > most.get(config.graph, config.links):
@@ -126,16 +127,6 @@ def sizes(config: Config) -> dict[str, Size]:
         return {DENSE: size}
     both = {SPARSE: size}
     return both | {DENSE: recurrent.matching_dense(size)} if config.match_parameters else both
-
-
-class Parts:
-    """The text, as streams."""
-
-    def __init__(self, config: Config, text: texts.Splits) -> None:
-        shape, most = (config.batch, config.length), config.heldout_bytes + 1
-        self.train = Streams(text.train, *shape).check("training")
-        self.valid = Streams(text.valid[:most], *shape).check("validation")
-        self.test = Streams(text.test[:most], *shape).check("held-out")
 
 
 def model_folder(config: Config, name: str) -> Path:

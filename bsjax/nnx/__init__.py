@@ -4,7 +4,21 @@ import bsjax._serialization  # noqa: F401 - registers BlockPattern with flax.ser
 from bsjax.nnx._linear import BlockLinear as BlockLinear
 from bsjax.nnx._linear import Pattern as Pattern
 from bsjax.nnx._mlp import BlockMLP as BlockMLP
+from bsjax.nnx._recurrent import BlockLSTMCell as BlockLSTMCell
+from bsjax.nnx._recurrent import BlockMultiplicativeLSTMCell as BlockMultiplicativeLSTMCell
+from bsjax.nnx._recurrent import SmallWorldLSTMCell as SmallWorldLSTMCell
+from bsjax.nnx._rnn import RNN as RNN
 from bsjax.nnx._sample_linears import sample_linears as sample_linears
 from bsjax.nnx._sampled import SampledLinear as SampledLinear
 
-__all__ = ["BlockLinear", "BlockMLP", "Pattern", "SampledLinear", "sample_linears"]
+__all__ = [
+    "RNN",
+    "BlockLSTMCell",
+    "BlockLinear",
+    "BlockMLP",
+    "BlockMultiplicativeLSTMCell",
+    "Pattern",
+    "SampledLinear",
+    "SmallWorldLSTMCell",
+    "sample_linears",
+]

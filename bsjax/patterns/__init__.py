@@ -31,6 +31,7 @@ from bsjax.patterns._grids import (
     stretch,
 )
 from bsjax.patterns._groups import grouped, reads_per_block, similar_columns
+from bsjax.patterns._steps import step_masks
 
 __all__ = [
     "DegreeBalance",
@@ -52,6 +53,7 @@ __all__ = [
     "similar_columns",
     "small_world",
     "spectral_gap",
+    "step_masks",
     "stretch",
     "strides",
     "watts_strogatz",
