@@ -1,8 +1,9 @@
-"""Texts as states of a recurrent language model of bytes: what it knows after the last byte.
+"""Texts as states of a recurrent language model of bytes: that after the last byte, or their mean.
 
-The features are tanh(c) of the cell, as in Radford, Jozefowicz and Sutskever (2017), *Learning to
-Generate Reviews and Discovering Sentiment*: c is where an LSTM keeps what it has read, the tanh
-bounds it, and h would hide what the output gate happens to close after this byte.
+The features are tanh(c) of the cell. After the last byte they are those of Radford, Jozefowicz and
+Sutskever (2017), *Learning to Generate Reviews and Discovering Sentiment*: c is where an LSTM keeps
+what it has read, the tanh bounds it, and h would hide what the output gate happens to close after
+this byte. Their mean over all bytes is what a model knows that forgets within a sentence.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from flax import nnx
 
 from models._recurrent import LanguageModel
 
+KINDS = ("last", "mean")
 BEFORE, AFTER = b"\n", b" "  # a text begins as a line does, and its last word ends
 
 
@@ -27,12 +29,14 @@ def frame(text: str) -> bytes:
 def encode(
     model: LanguageModel,
     texts: Sequence[bytes],
+    kinds: Sequence[str] = KINDS,
     *,
     batch: int = 64,
     chunk: int = 32,
     update: Callable[[int], None] = lambda count: None,
-) -> np.ndarray:
-    """tanh(c), float32 [n, features], after the last byte of each text.
+) -> dict[str, np.ndarray]:
+    """tanh(c), float32 [n, features], of each kind: after the "last" byte of each text, and its
+    "mean" over all bytes.
 
     Texts of similar length go side by side, `chunk` bytes at a time with the state carried on, so
     that one program of one shape reads texts of any length. A text that has ended keeps its state;
@@ -42,22 +46,24 @@ def encode(
     if not texts:
         raise ValueError("encode: `texts` is empty: expected at least one text.")
     order = np.argsort([len(text) for text in texts], kind="stable")
-    found: np.ndarray | None = None
+    found: dict[str, np.ndarray] = {}
     for first in range(0, len(order), batch):
         rows = order[first : first + batch]
         data, lengths = _padded([texts[i] for i in rows], batch, chunk)
         carry = model.initial_carry(batch)
+        total = jnp.zeros(carry[0].shape, jnp.float32)
         for start in range(0, data.shape[1], chunk):
-            left = np.clip(lengths - start, 0, chunk)
-            carry = _read(
-                model, jnp.asarray(data[:, start : start + chunk]), carry, jnp.asarray(left)
-            )
-            jax.block_until_ready(carry)  # or progress would run ahead
+            part, left = data[:, start : start + chunk], np.clip(lengths - start, 0, chunk)
+            carry, total = _read(model, jnp.asarray(part), carry, total, jnp.asarray(left))
+            jax.block_until_ready(total)  # or progress would run ahead
             update(int(left.sum()))
-        features = _features(carry)[: len(rows)]
-        found = np.empty((len(texts), features.shape[1]), np.float32) if found is None else found
-        found[rows] = features
-    assert found is not None
+        known = {
+            "last": _features(carry),
+            "mean": np.asarray(total) / np.maximum(lengths, 1)[:, None],
+        }
+        for kind in kinds:
+            now = known[kind][: len(rows)]
+            found.setdefault(kind, np.empty((len(texts), now.shape[1]), np.float32))[rows] = now
     return found
 
 
@@ -67,7 +73,7 @@ def trace(model: LanguageModel, text: bytes, unit: int, *, chunk: int = 32) -> n
     carry, values = model.initial_carry(1), []
     for start in range(0, data.shape[1], chunk):
         every = _follow(model, jnp.asarray(data[:, start : start + chunk]), carry)
-        carry = jax.tree.map(lambda a: a[:, -1], every)
+        carry = _end(every)
         values.append(_features(every)[0, :, unit])
     return np.concatenate(values)[: len(text)]
 
@@ -86,9 +92,20 @@ def _features(carry: Any) -> np.ndarray:
     return np.tanh(np.asarray(carry[0], np.float32))
 
 
+def _end(every: Any) -> Any:
+    return jax.tree.map(lambda a: a[:, -1], every)
+
+
 @nnx.jit
-def _read(model: LanguageModel, data: jax.Array, carry: Any, lengths: jax.Array) -> Any:
-    return model.states(data, carry, lengths=lengths, last=True)
+def _read(
+    model: LanguageModel, data: jax.Array, carry: Any, total: jax.Array, lengths: jax.Array
+) -> tuple[Any, jax.Array]:
+    """(the state after the first `lengths[n]` bytes of `data[n, l]`, `total` with tanh(c) after
+    each of them added)."""
+    every = model.states(data, carry, lengths=lengths)
+    read = (jnp.arange(data.shape[1])[None] < lengths[:, None])[..., None]
+    seen = jnp.where(read, jnp.tanh(every[0].astype(jnp.float32)), 0)
+    return _end(every), total + seen.sum(axis=1)
 
 
 @nnx.jit

@@ -17,6 +17,7 @@ from models._report import QUIET, pyplot
 from models._reviews import Labelled
 
 NEGATIVE, POSITIVE = plot.LINES[1], plot.LINES[0]
+KINDS = {"last": "tanh(c) after the last byte", "mean": "mean tanh(c)"}
 COLUMNS = 80  # characters in a line of the heat-map
 LAST_DRAWN = 0x24F  # of Unicode: what every monospaced font has
 
@@ -53,11 +54,13 @@ def report(
     about: Mapping[str, Any],
     grids: Mapping[str, Sequence[float]],
     units: Sequence[tuple[Unit, np.ndarray]],
+    kind: str,
     traces: Sequence[tuple[str, np.ndarray]],
 ) -> None:
     """Prints the table, and saves `sentiment.json`, `sentiment-unit.png`, `sentiment-heatmap.png`.
 
-    `units` are, for each set, the unit of the first model and its value after each text; `traces`
+    `units` are, for each set, the unit of the first model in states of that `kind`, and its value
+    for each text; `traces`
     are texts with the first set's unit after each byte of theirs, framed.
     """
     protocols = {one.name: protocol(one, its) for one, its in zip(sets, rounds, strict=True)}
@@ -82,7 +85,7 @@ def report(
         for one in sets
     }
     shared.save_json(out / "sentiment.json", {**about, "data": data, "results": results})
-    histograms(out / "sentiment-unit.png", sets, rounds, units)
+    histograms(out / "sentiment-unit.png", sets, rounds, units, kind)
     if traces:
         heatmap(out / "sentiment-heatmap.png", units[0][0], traces)
     print(f"Pictures and numbers are in {out}")
@@ -126,6 +129,7 @@ def histograms(
     sets: Sequence[Labelled],
     rounds: Sequence[Sequence[Round]],
     units: Sequence[tuple[Unit, np.ndarray]],
+    kind: str,
 ) -> None:
     """The most predictive unit after texts of either label: those of the test, or all texts where
     rounds had different ones; the threshold is that of the rounds."""
@@ -145,7 +149,7 @@ def histograms(
         ax.axvline(unit.threshold, color=QUIET, linewidth=1, linestyle=(0, (4, 3)))
         what = "test texts" if one.parts else "all texts"
         ax.set_title(f"{one.name}, unit {unit.unit}, {what}", loc="left", fontsize=10)
-        ax.set(xlabel="tanh(c) after the last byte", ylabel="texts")
+        ax.set(xlabel=KINDS[kind], ylabel="texts")
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=160)

@@ -6,10 +6,10 @@
     python -m models.sentiment --checkpoint MODEL --data FOLDER_WITH_SST custrev.all.gz
 
 After Radford, Jozefowicz and Sutskever (2017): a model of bytes reads a text, and a logistic
-regression with an L1 penalty tells its label from the state after the last byte. Beside it: the
-same from the state of a model that was never trained, and of another one (`--dense`), each model's
-single most predictive unit, a regression on byte trigrams, and the more frequent label. All choices
-are made on other texts than those that are counted.
+regression with an L1 penalty tells its label from the state after the last byte, or from the mean
+of all states. Beside it: the same with a model that was never trained, and with another one
+(`--dense`), each model's single most predictive unit, a regression on byte trigrams, and the more
+frequent label. All choices are made on other texts than those that are counted.
 """
 
 import dataclasses
@@ -38,6 +38,7 @@ from models._train import Progress, output_folder
 
 ABOUT = "Tells sentiment from the state of a language model of bytes."
 OUT = Path(__file__).parent.parent / "out"
+UNTRAINED = 10_000  # more than --seed: a seed that nobody trained a model with
 SHOWN = 240  # bytes of the longest review that is drawn
 
 
@@ -54,6 +55,11 @@ class Config:
     write_reviews: Path | None = option(  # noqa: RUF009
         None, "only write the text of the .review files in --data to this file, to train on"
     )
+    states: tuple[str, ...] = option(
+        states.KINDS,
+        "after the last byte, mean over all bytes; pictures: first",
+        choices=states.KINDS,
+    )
     review: str = option("", "a text to draw byte by byte; default: two of the first set")
     folds: int = option(10, "of the cross-validation where files have no split", least=2)
     penalties: tuple[float, ...] = option(probes.STATE.penalties, "of the state, L1", above=0)
@@ -67,7 +73,7 @@ class Config:
 
 def untrained(model: LanguageModel, seed: int) -> LanguageModel:
     """A model of the same shape with other patterns and fresh weights."""
-    fresh = recurrent.make(model.size, model.seed + 1000 + seed)
+    fresh = recurrent.make(model.size, UNTRAINED + seed)
     fresh.eval()
     return fresh
 
@@ -77,8 +83,10 @@ def parameters(model: LanguageModel) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-def read(config: Config, name: str, model: LanguageModel, sets: Sequence[Labelled]) -> Any:
-    """(features of each set, bytes read per second, with compilation)."""
+def read(
+    config: Config, name: str, model: LanguageModel, sets: Sequence[Labelled]
+) -> tuple[dict[str, list[np.ndarray]], float]:
+    """(features of each set, of each kind; bytes read per second, with compilation)."""
     framed = [states.frame(text) for one in sets for text in one.texts]
     total, done = sum(map(len, framed)), 0
     began = time.perf_counter()
@@ -90,9 +98,10 @@ def read(config: Config, name: str, model: LanguageModel, sets: Sequence[Labelle
             progress.update(done, name)
 
         sizes = {"batch": config.batch, "chunk": config.chunk}
-        features = states.encode(model, framed, **sizes, update=update)
+        found = states.encode(model, framed, config.states, **sizes, update=update)
     speed = total / (time.perf_counter() - began)
-    return np.split(features, np.cumsum([len(one.texts) for one in sets])[:-1]), speed
+    ends = np.cumsum([len(one.texts) for one in sets])[:-1]
+    return {kind: np.split(features, ends) for kind, features in found.items()}, speed
 
 
 def regress(
@@ -135,7 +144,7 @@ def cell(rounds: Sequence[Round], shares: Sequence[float], details: Mapping[str,
 
 class Measured(NamedTuple):
     """What came of one model: rows of the table, facts about it, and for each set its usual unit
-    with the values of that after each text."""
+    of the first kind of state, with the values of that for each text."""
 
     rows: dict[str, dict[str, Cell]]
     about: dict[str, Any]
@@ -151,20 +160,23 @@ def measure(
 ) -> Measured:
     """All that is told from the state of a model. Its features are in memory meanwhile, those of
     other models are not."""
-    features, speed = read(config, name, model, sets)
+    found, speed = read(config, name, model, sets)
     l1 = dataclasses.replace(probes.STATE, penalties=config.penalties)
-    cells = regress(l1, name, features, sets, rounds)
-    units = alone(features, sets, rounds)
+    rows, drawn = {}, []
+    for kind, features in found.items():
+        title = f"{name}, {kind} state"
+        rows[title] = regress(l1, title, features, sets, rounds)
+        rows[f"{title}, one unit"] = units = alone(features, sets, rounds)
+        if not drawn:
+            usual = [usual_unit(units[one.name].details["units"]) for one in sets]
+            values = [x[:, unit.unit].copy() for x, unit in zip(features, usual, strict=True)]
+            drawn = list(zip(usual, values, strict=True))
     about = {
         "parameters": parameters(model),
         "size": model.size._asdict(),
-        "seed": model.seed,
         "bytes read per second, with compilation": speed,
     }
-    usual = [usual_unit(units[one.name].details["units"]) for one in sets]
-    values = [x[:, unit.unit].copy() for x, unit in zip(features, usual, strict=True)]
-    rows = {f"{name}, state": cells, f"{name}, one unit": units}
-    return Measured(rows, about, list(zip(usual, values, strict=True)))
+    return Measured(rows, about, drawn)
 
 
 def usual_unit(units: Sequence[Mapping[str, Any]]) -> Unit:
@@ -235,6 +247,7 @@ def main(argv: list[str] | None = None) -> int:
         about={"models": about, "flags": flags, "where": where},
         grids={"state": config.penalties, "byte trigrams": config.trigram_penalties},
         units=units,
+        kind=config.states[0],
         traces=traces,
     )
     return 0

@@ -18,7 +18,21 @@ from models._probe import Unit
 from models._sentiment_report import Cell
 
 SIZE = recurrent.Size(hidden=24, embedding=6, block=8, depth=2, links=1)
-TINY = ["--folds", "3", "--batch", "16", "--chunk", "8", "--penalties", "0.1", "0.02", "0.005"]
+TINY = [
+    "--states",
+    "mean",
+    "last",
+    "--folds",
+    "3",
+    "--batch",
+    "16",
+    "--chunk",
+    "8",
+    "--penalties",
+    "0.1",
+    "0.02",
+    "0.005",
+]
 SUBJECTS = ("it", "the film", "a long and winding story", "caf\u00e9 \u6620\u753b, said $5")
 
 
@@ -54,9 +68,10 @@ def story(tmp_path_factory):
 
 
 ROWS = [
-    f"{name}, {what}"
+    f"{name}, {kind} state{what}"
     for name in ("trained", "untrained", "dense")
-    for what in ("state", "one unit")
+    for kind in ("mean", "last")
+    for what in ("", ", one unit")
 ]
 ROWS += ["byte trigrams", "more frequent label"]
 
@@ -70,7 +85,7 @@ def test_every_method_on_every_set(story):
         for cell in found["results"][name].values():
             assert f"{100 * cell['accuracy']:.1f} ({100 * cell['error']:.1f})" in row
     # the last word tells, and even an untrained state has read it
-    assert found["results"]["trained, state"]["SST"]["accuracy"] > 0.9
+    assert found["results"]["trained, last state"]["SST"]["accuracy"] > 0.9
     assert found["results"]["byte trigrams"]["CR"]["accuracy"] == 1
     assert found["results"]["more frequent label"]["SST"]["accuracy"] == 0.5
 
@@ -85,10 +100,10 @@ def test_the_numbers_say_what_they_were_chosen_on(story):
         "CR: 3-fold cross-validation of 60 texts; in each fold the penalty chosen on 10%" in printed
     )
     assert found["data"]["SST"]["protocol"].endswith("measured on test (30)")
-    details = found["results"]["trained, state"]["CR"]["details"]
+    details = found["results"]["trained, last state"]["CR"]["details"]
     assert len(details["penalties"]) == len(details["weights"]) == 3
     assert set(details["penalties"]) <= {0.1, 0.02, 0.005}
-    assert len(found["results"]["trained, one unit"]["CR"]["details"]["units"]) == 3
+    assert len(found["results"]["trained, last state, one unit"]["CR"]["details"]["units"]) == 3
     assert "-m models.sentiment --checkpoint" in found["where"]["command"]
     assert {"commit", "jax", "scikit-learn"} <= set(found["where"])
 
@@ -97,7 +112,10 @@ def test_the_untrained_model_is_of_the_same_shape(story):
     models = story[1]["models"]
     assert models["untrained"]["size"] == models["trained"]["size"] == SIZE._asdict()
     assert models["untrained"]["parameters"] == models["trained"]["parameters"]
-    assert models["untrained"]["seed"] not in (models["trained"]["seed"], models["dense"]["seed"])
+    model = recurrent.make(SIZE, 0)
+    fresh, again, other = (sentiment.untrained(model, seed) for seed in (0, 0, 1))
+    for one, equal in ((model, False), (again, True), (other, False)):
+        assert bool((one.embed.embedding[...] == fresh.embed.embedding[...]).all()) is equal
 
 
 def test_pictures_are_drawn(story):

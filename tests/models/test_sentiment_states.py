@@ -51,11 +51,13 @@ def test_side_by_side_is_one_by_one(model, alone):
     """Lengths 2 to 53, unordered, over several pieces, and a batch that is not full."""
     told = []
     found = states.encode(model, TEXTS, **SIZES, update=told.append)
-    assert found.dtype == np.float32
-    close(found, np.stack([rows[-1] for rows in alone]))
+    assert {kind: x.dtype for kind, x in found.items()} == {"last": "float32", "mean": "float32"}
+    close(found["last"], np.stack([rows[-1] for rows in alone]))
+    close(found["mean"], np.stack([rows.mean(axis=0) for rows in alone]))
     assert sum(told) == sum(map(len, TEXTS))
-    backwards = states.encode(model, TEXTS[::-1], **SIZES)
-    close(backwards[::-1], found)
+    backwards = states.encode(model, TEXTS[::-1], ["last"], **SIZES)
+    assert list(backwards) == ["last"]
+    close(backwards["last"][::-1], found["last"])
 
 
 def test_a_text_of_whole_pieces(model):
@@ -63,9 +65,9 @@ def test_a_text_of_whole_pieces(model):
     text = states.frame("x" * 14)
     assert len(text) == 16
     found = states.encode(model, [text, TEXTS[4]], **SIZES)
-    close(found[:1], states.encode(model, [text], **SIZES))
     every = np.tanh(np.asarray(model.states(jnp.asarray([list(text)]), None)[0]))
-    close(found[0], every[0, -1])
+    close(found["last"][0], every[0, -1])
+    close(found["mean"][0], every[0].mean(axis=0))
 
 
 def test_any_length_is_one_program(model, monkeypatch):
