@@ -84,7 +84,12 @@ def report(
         one.name: {"texts": len(one.texts), "digest": one.digest, "protocol": protocols[one.name]}
         for one in sets
     }
-    shared.save_json(out / "sentiment.json", {**about, "data": data, "results": results})
+    drawn = {
+        one.name: {"state": kind, **unit._asdict()}
+        for one, (unit, _) in zip(sets, units, strict=True)
+    }
+    everything = {**about, "data": data, "results": results, "units drawn": drawn}
+    shared.save_json(out / "sentiment.json", everything)
     histograms(out / "sentiment-unit.png", sets, rounds, units, kind)
     if traces:
         heatmap(out / "sentiment-heatmap.png", units[0][0], traces)

@@ -68,7 +68,9 @@ class Config:
     )
     batch: int = option(64, "texts that are read side by side", least=1)
     chunk: int = option(32, "bytes that are read at a time", least=1)
-    seed: int = option(0, "of the folds and of the untrained model", least=0, most=2**31 - 1)
+    seed: int = option(
+        0, "of the folds and of the untrained model", least=0, most=2**31 - 1 - UNTRAINED
+    )
 
 
 def untrained(model: LanguageModel, seed: int) -> LanguageModel:

@@ -118,6 +118,15 @@ def test_the_untrained_model_is_of_the_same_shape(story):
         assert bool((one.embed.embedding[...] == fresh.embed.embedding[...]).all()) is equal
 
 
+def test_pictures_are_of_the_first_kind_of_state(story):
+    """--states mean last."""
+    found = story[1]
+    for name in ("SST", "CR"):
+        units = found["results"]["trained, mean state, one unit"][name]["details"]["units"]
+        drawn = {"state": "mean", **sentiment.usual_unit(units)._asdict()}
+        assert found["units drawn"][name] == drawn
+
+
 def test_pictures_are_drawn(story):
     for name in ("sentiment-unit.png", "sentiment-heatmap.png"):
         assert image.imread(story[2] / name).shape[0] > 200
