@@ -76,7 +76,7 @@ class Kind:
         return regression.fit(x, y)
 
 
-STATE = Kind(StandardScaler, True, (0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001))
+STATE = Kind(StandardScaler, True, (0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005))
 TRIGRAMS = Kind(
     # one character for each byte, see `as_characters`
     functools.partial(
