@@ -54,8 +54,17 @@ class CtrlC:
 class Progress:
     """A bar with a note, tokens per second and the time left; where it cannot be redrawn, lines."""
 
-    def __init__(self, steps: int, *, start: int = 0, tokens: int, unit: str = "tokens") -> None:
+    def __init__(
+        self,
+        steps: int,
+        *,
+        start: int = 0,
+        tokens: int,
+        unit: str = "tokens",
+        doing: str = "training",
+    ) -> None:
         self.out, self.steps, self.tokens, self.unit = console(), steps, tokens, unit
+        self.doing = doing
         plain = not self.out.is_terminal
         columns = [
             bars.TextColumn("{task.description}"),
@@ -64,7 +73,7 @@ class Progress:
             bars.TextColumn("{task.fields[note]}"),
         ]
         self.bar = bars.Progress(*columns, console=self.out, disable=plain)
-        self.task = self.bar.add_task("training", total=steps, completed=start, note="compiling")
+        self.task = self.bar.add_task(doing, total=steps, completed=start, note="compiling")
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -87,7 +96,7 @@ class Progress:
         due = not done or step == self.steps or now - self.printed >= PLAIN_EVERY
         if due and not self.out.is_terminal:
             self.printed = now
-            print(f"training {step}/{self.steps} {note}", flush=True)
+            print(f"{self.doing} {step}/{self.steps} {note}", flush=True)
 
 
 class Checkpoints:

@@ -223,6 +223,12 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(capsys, monkeypatch)
     assert len(later) == 3
 
 
+def test_progress_says_what_is_done(capsys):
+    with Progress(2, tokens=1, unit="bytes", doing="reading") as progress:
+        progress.update(1, "it")
+    assert capsys.readouterr().out == "reading 1/2 it\n"
+
+
 def test_progress_is_a_bar_on_a_terminal(monkeypatch, capsys):
     def terminal():
         return _train.Console(force_terminal=True, width=100)
