@@ -167,6 +167,21 @@ def sampled() -> list[Item]:
     ]
 
 
+def lstm() -> list[Item]:
+    def run(_: Context) -> Iterator[Record]:
+        from benchmarks import lstm
+
+        yield from lstm.measure(lstm.CASES["gpu"], rounds=5)
+
+    def lines(records: list[Record]) -> Iterator[str]:
+        from benchmarks import lstm
+
+        for one in records:
+            yield from lstm.table(one)
+
+    return [Item("lstm 18432 wide", 60, run, lines)]
+
+
 CHECKOUT = Path(__file__).parent.parent
 FILES = ("tests/kernels/test_gpu.py", "tests/kernels/test_gpu_sampled.py")
 TESTS = tuple(one for one in FILES if (CHECKOUT / one).exists())
@@ -176,6 +191,7 @@ STEPS = [
     Step("quick tests", 20, tests=(*TESTS, "-m", "gpu and not slow"), seconds=90),
     Step("matmul", 30, functools.partial(suite, FIRST)),
     Step("sampled", 36, sampled),
+    Step("lstm", 38, lstm),
     Step("tuner", 40, functools.partial(tuner, kernels.PROBLEMS[:MOST_VALUABLE])),
     Step("rest of matmul", 50, functools.partial(suite, REST)),
     Step("peers", 60, peers),
