@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from bsjax import _layers, inits, patterns
+from bsjax.ops._reference import accumulator
 from bsjax.pattern import BlockPattern, is_concrete
 
 GATES = 4  # input, forget, update, output: in the order of Flax's cells
@@ -98,7 +99,7 @@ def normalize(
     float32 at least; without a scale `x + bias`. Both may have leading axes. Ba et al. 2016."""
     dtype = x.dtype
     if scale is not None:
-        x = x.astype(jnp.promote_types(dtype, jnp.float32))
+        x = x.astype(accumulator(x))
         x = x - x.mean(-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + EPSILON)
         x = x * _lead(scale, x)

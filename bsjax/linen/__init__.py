@@ -5,6 +5,20 @@ from bsjax.linen._convert import from_nnx as from_nnx
 from bsjax.linen._convert import to_nnx as to_nnx
 from bsjax.linen._linear import BlockLinear as BlockLinear
 from bsjax.linen._mlp import BlockMLP as BlockMLP
+from bsjax.linen._recurrent import BlockLSTMCell as BlockLSTMCell
+from bsjax.linen._recurrent import BlockMultiplicativeLSTMCell as BlockMultiplicativeLSTMCell
+from bsjax.linen._recurrent import SmallWorldLSTMCell as SmallWorldLSTMCell
+from bsjax.linen._rnn import RNN as RNN
 from bsjax.linen._sampled import SampledLinear as SampledLinear
 
-__all__ = ["BlockLinear", "BlockMLP", "SampledLinear", "from_nnx", "to_nnx"]
+__all__ = [
+    "RNN",
+    "BlockLSTMCell",
+    "BlockLinear",
+    "BlockMLP",
+    "BlockMultiplicativeLSTMCell",
+    "SampledLinear",
+    "SmallWorldLSTMCell",
+    "from_nnx",
+    "to_nnx",
+]

@@ -1,6 +1,6 @@
 """Block-sparse recurrent cells for Flax NNX."""
 
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -257,7 +257,7 @@ class SmallWorldLSTMCell(_Cell):
         seed: int = 0,
         rngs: nnx.Rngs,
         **options: Any,
-    ) -> Self:
+    ) -> "SmallWorldLSTMCell":
         """With patterns that `bsjax.patterns.step_masks` draws: another one for each internal step
         and for the gates, or one for all with `share_pattern`. `graph` is the name of a family,
         "barabasi_albert" with `parameters={"m": 4}` unless given, "watts_strogatz", "balanced",
@@ -281,7 +281,7 @@ class SmallWorldLSTMCell(_Cell):
         seed: int = 0,
         rngs: nnx.Rngs,
         **options: Any,
-    ) -> Self:
+    ) -> "SmallWorldLSTMCell":
         """With the most blocks of state that `budget` parameters allow, input maps and norms
         counted; the other arguments are those of `from_graph`. The graph must not have fewer edges
         for more nodes."""
