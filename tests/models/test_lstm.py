@@ -17,6 +17,7 @@ from flax import nnx
 
 from models import _lstm, lstm
 from models import _recurrent as recurrent
+from models import _streams as streams
 from models._cli import INTERRUPTED, Mistake
 from models._lstm import Run, Training, heldout_bits
 from models._streams import Streams
@@ -101,6 +102,38 @@ def test_it_learns_and_says_what_it_found(story):
     assert all(content.startswith(b"\x89PNG") for content in pictures.values())
 
 
+def test_the_model_on_the_disk_is_the_averaged_one_that_was_reported(story):
+    c = config("--data", str(story.path), "--out", str(story.out))
+    spool, held = story.out / "spool", {"valid": c.valid, "test": c.test}
+    parts = _lstm.Parts(c, streams.load(c.data, spool, most=c.bytes, **held))
+    found = json.loads((story.out / "lstm.json").read_text())["models"]["small-world"]
+    model = recurrent.load(story.out / "lstm-small-world")
+    assert heldout_bits(model, parts.test) == pytest.approx(found["bits/byte"], rel=1e-6)
+    assert found["last weights"] != pytest.approx(found["bits/byte"], rel=1e-3)
+
+
+def test_every_pass_begins_with_an_empty_state(tmp_path, monkeypatch):
+    seen = []
+
+    class Watched:
+        model = None
+        averaged = staticmethod(dict)
+        tree = staticmethod(lambda: {"nothing": np.zeros(1)})
+        rewind = staticmethod(lambda: seen.append("rewind"))
+
+        def step(self, window, count):
+            seen.extend(window[:, 1 : count + 1].T.tolist())
+            return jnp.float32(1)
+
+    monkeypatch.setattr(lstm, "heldout_bits", lambda *_: 1.0)
+    monkeypatch.setattr(recurrent, "save", lambda *_: None)
+    data = np.arange(41, dtype=np.uint8)
+    parts = types.SimpleNamespace(train=Streams(data, 2, 8), valid=None)
+    lstm.train(config(), parts, {"it": Watched()}, Checkpoints(tmp_path, {}))
+    one_pass = [[i, 20 + i] for i in range(1, 21)]
+    assert seen == ["rewind", *one_pass, "rewind", *one_pass]
+
+
 def test_writing_from_the_trained_model_without_training(story, tmp_path):
     where = ["--out", str(story.out), "--temperature", "0.7"]
     state = ["--state", str(tmp_path / "state.npz")]
@@ -172,33 +205,34 @@ def steps():
     parameters = jax.tree.map(jnp.copy, parameters)
     rate = optax.cosine_decay_schedule(0.01, STEPS, 1 / 50)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.999))
-    moments, average, carry = tx.init(parameters), parameters, run.carry
-    carry = jax.tree.map(jnp.copy, carry)
+    moments, average = tx.init(parameters), parameters
+    carry = jax.tree.map(jnp.copy, run.carry)
     rest = jax.tree.map(jnp.copy, rest)
 
-    @jax.jit
     def loss(parameters, carry, window):
         logits, carry = nnx.merge(graph, parameters, rest)(window[:, :-1], carry)
         p = jax.nn.softmax(logits)
         bits = -jnp.log2(jnp.take_along_axis(p, window[:, 1:, None], 2))[..., 0]
         return bits[:, :5].mean(), carry  # five of the eight are in the pass
 
+    @jax.jit
+    def expected(parameters, moments, average, carry, window, share):
+        (value, carry), gradient = jax.value_and_grad(loss, has_aux=True)(parameters, carry, window)
+        updates, moments = tx.update(gradient, moments, parameters)
+        parameters = optax.apply_updates(parameters, updates)
+        average = jax.tree.map(lambda a, b: share * a + (1 - share) * b, parameters, average)
+        norm = jnp.sqrt(sum(jnp.square(g).sum() for g in jax.tree.leaves(gradient)))
+        return parameters, moments, average, carry, value, norm
+
     losses = []
     for i in range(2):
         window = np.random.default_rng(i).integers(97, 101, (2, 9)).astype(np.int32)
-        own = run.step(window, 5)
-        (value, carry), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(
-            parameters, carry, window
-        )
-        squares = [jnp.square(g).sum() for g in jax.tree.leaves(gradient)]
-        assert sum(squares) > 1  # or nothing would be clipped
-        updates, moments = tx.update(gradient, moments, parameters)
-        parameters = optax.apply_updates(parameters, updates)
-        share = max(1 - 0.9, 9 / (10 + i))
-        average = jax.tree.map(
-            lambda new, old, share=share: share * new + (1 - share) * old, parameters, average
+        own, share = run.step(window, 5), max(1 - 0.9, 9 / (10 + i))
+        parameters, moments, average, carry, value, norm = expected(
+            parameters, moments, average, carry, window, share
         )
         losses.append((float(own), float(value)))
+        assert norm > 1  # or nothing would be clipped
     return types.SimpleNamespace(run=run, losses=losses, parameters=parameters, average=average)
 
 
