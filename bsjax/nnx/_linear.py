@@ -57,7 +57,8 @@ class BlockLinear(nnx.Module):
             self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype))
         else:
             self.bias = nnx.data(None)
-        self.pattern = Pattern(p)
+        # a copy: layers that are made of one pattern could not be donated to one program
+        self.pattern = Pattern(jax.tree.map(jnp.array, p))
         self.in_features, self.out_features, self.use_bias = in_features, out_features, use_bias
         self.dtype, self.param_dtype, self.precision = dtype, param_dtype, precision
         self.implementation = implementation

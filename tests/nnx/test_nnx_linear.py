@@ -257,3 +257,11 @@ def test_the_cure_works():
     cast = jax.tree.map(lambda a: a.astype(jnp.bfloat16), nnx.state(ours, nnx.Param))
     nnx.update(ours, cast)
     assert ours(inputs(dtype=jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_layers_of_one_pattern_can_be_donated():
+    """No buffer is that of two layers."""
+    p = bsjax.BlockPattern.from_mask(np.eye(2, dtype=bool), 4)
+    model = nnx.List([bsjax.nnx.BlockLinear(8, 8, pattern=p, rngs=nnx.Rngs(i)) for i in range(2)])
+    step = nnx.jit(lambda model, x: model[1](model[0](x)), donate_argnums=0)
+    assert step(model, jnp.ones((1, 8))).shape == (1, 8)
