@@ -9,6 +9,7 @@ name, since `import bsjax` itself needs only jax, numpy and jaxtyping.
 
 from bsjax import inits as inits
 from bsjax import patterns as patterns
+from bsjax.ops import attention as attention
 from bsjax.ops import block_norms as block_norms
 from bsjax.ops import fromdense as fromdense
 from bsjax.ops import glu as glu
@@ -25,6 +26,7 @@ from bsjax.pattern import partition as partition
 
 __all__ = [
     "BlockPattern",
+    "attention",
     "block_norms",
     "check",
     "fromdense",

@@ -1,5 +1,6 @@
 """The operations on block-sparse matrices."""
 
+from bsjax.ops._attention import attention as attention
 from bsjax.ops._block_norms import block_norms as block_norms
 from bsjax.ops._choose import Implementation as Implementation
 from bsjax.ops._products import fromdense as fromdense
@@ -18,6 +19,7 @@ __all__ = [
     "Implementation",
     "Policy",
     "Sampler",
+    "attention",
     "block_norms",
     "fromdense",
     "glu",
