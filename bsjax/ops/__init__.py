@@ -14,6 +14,7 @@ from bsjax.ops._sampled import sampled_matmul as sampled_matmul
 from bsjax.ops._sampled_conv import sampled_conv as sampled_conv
 from bsjax.ops._samplers import Sampler as Sampler
 from bsjax.ops._scan import scan as scan
+from bsjax.ops._top_blocks import top_blocks as top_blocks
 
 __all__ = [
     "Implementation",
@@ -30,4 +31,5 @@ __all__ = [
     "scan",
     "sddmm",
     "todense",
+    "top_blocks",
 ]

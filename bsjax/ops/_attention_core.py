@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from bsjax.ops import _attention_dense, _attention_xla, _core
 from bsjax.ops._attention_choose import fastest
+from bsjax.ops._attention_mesh import over_batch
 from bsjax.ops._attention_tile import Fixed, Operands, Spec, kept
 
 # each has `forward(spec, x, p) -> (out, lse)` and `backward(spec, x, p, out, lse, dout) -> grads`,
@@ -53,7 +54,9 @@ def _run(spec: Spec, what: str, *args: Any) -> Any:
     and only the one that is needed is lowered."""
 
     def of(name: str) -> Any:
-        return functools.partial(getattr(_IMPLEMENTATIONS[name], what), spec)
+        run = functools.partial(getattr(_IMPLEMENTATIONS[name], what), spec)
+        # XLA finds the placement of a dense product by itself
+        return run if name == "dense" else functools.partial(over_batch, run)
 
     if spec.name != "auto":
         return of(spec.name)(*args)

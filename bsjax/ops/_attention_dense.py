@@ -22,7 +22,7 @@ def attention(spec: Spec, x: Operands, p: Fixed) -> Float[Array, "n q h f"]:
     if spec.softcap is not None:
         s = spec.softcap * jnp.tanh(s / spec.softcap)
     if x.bias is not None:
-        s = s + _everywhere(spec, x, p, x.bias.astype(dtype))
+        s = s + _everywhere(spec, p, x.bias.astype(dtype))
     if spec.bias is not None:
         s = s + _per_head(
             spec, x, functools.partial(tiles.bias_of, spec, x.bias_consts, p.bias_consts)
@@ -57,8 +57,7 @@ def backward(spec: Spec, x: Operands, p: Fixed, out: Any, lse: Any, dout: Array)
 
 
 def _visible(spec: Spec, x: Operands, p: Fixed) -> Bool[Array, "n h q s"]:
-    n, heads, _ = tiles.sizes(spec, x)
-    (r, c), (br, bc) = spec.grid, spec.block
+    c, bc = spec.grid[1], spec.block[1]
     k = jnp.arange(c * bc, dtype=jnp.int32)[None]
     found = k < spec.lengths[1]
     if p.kv_lengths is not None:
@@ -66,17 +65,16 @@ def _visible(spec: Spec, x: Operands, p: Fixed) -> Bool[Array, "n h q s"]:
     found = found[:, None, None]
     if p.q_segments is not None and p.kv_segments is not None:
         found = found & (p.q_segments[:, None, :, None] == p.kv_segments[:, None, None])
-    stored = jnp.zeros((p.row.shape[0], r, c), bool)
-    pattern = jnp.arange(p.row.shape[0])[:, None]
-    slots = stored.at[pattern, p.row, p.col]
-    partial = jnp.ones_like(p.row, bool) if p.full is None else ~p.full
-    stored, partial = slots.set(True, mode="drop"), slots.set(partial, mode="drop")
-    stored, partial = (_streams(_elements(spec, a), n, heads) for a in (stored, partial))
+    at = (*jnp.indices(p.row.shape, sparse=True)[:2], p.row, p.col)
+    slots = jnp.zeros((*p.row.shape[:2], *spec.grid), bool).at[at]
+    stored = slots.set(True, mode="drop")
+    partial = stored if p.full is None else slots.set(~p.full, mode="drop")
+    stored, partial = _elements(spec, stored), _elements(spec, partial)
     masks = [
-        _per_head(spec, x, lambda *at, f=f, c=c: f(c, *at))
+        _per_head(spec, x, lambda *at, f=f, c=c: f.anywhere(c, *at))
         for f, c in zip(spec.masks, p.mask_consts, strict=True)
     ]
-    masks += [_everywhere(spec, x, p, a) for a in p.masks]
+    masks += [_everywhere(spec, p, a) for a in p.masks]
     for mask in masks:
         found = found & (mask | ~partial)
     return found & stored
@@ -84,12 +82,6 @@ def _visible(spec: Spec, x: Operands, p: Fixed) -> Bool[Array, "n h q s"]:
 
 def _elements(spec: Spec, blocks: Array) -> Array:
     return jnp.repeat(jnp.repeat(blocks, spec.block[0], -2), spec.block[1], -1)
-
-
-def _streams(a: Array, n: int, heads: int) -> Array:
-    """One of P for every head of every batch element: `[1 or n, 1 or h, ...]`."""
-    lead = (1, 1) if a.shape[0] == 1 else (a.shape[0] // heads, heads)
-    return a.reshape(*lead, *a.shape[1:])
 
 
 def _per_head(spec: Spec, x: Operands, f: Any) -> Array:
@@ -101,33 +93,31 @@ def _per_head(spec: Spec, x: Operands, f: Any) -> Array:
     tile = jax.vmap(jax.vmap(f, (None, None, 0)), (None, 0, None))
     heads = jnp.arange(x.q.shape[2], dtype=jnp.int32)
     blocks = jax.vmap(tile, (0, None, None))(heads, q.reshape(r, br, 1), k.reshape(c, 1, bc))
-    blocks = jnp.broadcast_to(blocks, (heads.size, r, c, br, bc))
-    return blocks.swapaxes(2, 3).reshape(1, heads.size, r * br, c * bc)
+    return _whole(jnp.broadcast_to(blocks, (1, heads.size, r, c, br, bc)))
 
 
-def _everywhere(spec: Spec, x: Operands, p: Fixed, a: Array) -> Array:
-    """An array per slot as `[n, h, q, s]`, zeros where nothing is stored."""
-    (n, heads, _), (r, c), block = tiles.sizes(spec, x), spec.grid, spec.block
-    a = jnp.broadcast_to(a, (n, heads, p.row.shape[1], *block)).reshape(-1, p.row.shape[1], *block)
-    count = p.row.shape[0]
-    row, col = (
-        i if count == n * heads else jnp.tile(i, (n * heads // count, 1)) for i in (p.row, p.col)
-    )
+def _everywhere(spec: Spec, p: Fixed, a: Array) -> Array:
+    """An array per slot as `[#n, #h, q, s]`, zeros where nothing is stored."""
+    lead, e = jnp.broadcast_shapes(a.shape[:2], p.row.shape[:2]), p.row.shape[2]
+    a = jnp.broadcast_to(a, (*lead, e, *spec.block))
+    row, col = (jnp.broadcast_to(i, (*lead, e)) for i in (p.row, p.col))
+    at = (*jnp.indices(row.shape, sparse=True)[:2], row, col)
+    blocks = jnp.zeros((*lead, *spec.grid, *spec.block), a.dtype).at[at].set(a, mode="drop")
+    return _whole(blocks)
 
-    def one(a: Array, row: Array, col: Array) -> Array:
-        blocks = jnp.zeros((r, c, *block), a.dtype).at[row, col].set(a, mode="drop")
-        return blocks.swapaxes(1, 2).reshape(r * block[0], c * block[1])
 
-    return jax.vmap(one)(a, row, col).reshape(n, heads, r * block[0], c * block[1])
+def _whole(blocks: Array) -> Array:
+    """`[..., r, c, br, bc]` as `[..., r * br, c * bc]`."""
+    *lead, r, c, br, bc = blocks.shape
+    return blocks.swapaxes(-3, -2).reshape(*lead, r * br, c * bc)
 
 
 def _dropout(spec: Spec, x: Operands, p: Fixed) -> Array:
     n, heads, _ = tiles.sizes(spec, x)
-    index = jnp.indices((n, heads, *spec.grid), dtype=jnp.int32).reshape(4, -1)
+    shape = (n, heads, *spec.grid)
 
     def one(n: Any, h: Any, row: Any, col: Any) -> Any:
-        return tiles.dropout(spec, p, Tile(n, h, 0, 0, row, col), heads)
+        return tiles.dropout(spec, p, Tile(n, h, 0, row, col), heads)
 
-    (r, c), (br, bc) = spec.grid, spec.block
-    blocks = jax.vmap(one)(*index).reshape(n, heads, r, c, br, bc)
-    return blocks.swapaxes(3, 4).reshape(n, heads, r * br, c * bc)
+    blocks = jax.vmap(one)(*jnp.indices(shape, dtype=jnp.int32).reshape(4, -1))
+    return _whole(blocks.reshape(*shape, *spec.block))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
+from bsjax.ops import _mesh
 from bsjax.ops._hoist import Hoisted
 
 
@@ -24,6 +25,7 @@ class Spec:
     scale: float
     softcap: float | None
     dropout_rate: float
+    key_impl: Any
     masks: tuple[Hoisted, ...]
     bias: Hoisted | None
 
@@ -40,26 +42,26 @@ class Operands(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """What is not. P patterns: one, one for each head, or one for each batch element and head."""
+    """What is not. One pattern, one for each head, or one for each batch element and head."""
 
-    row: Int32[Array, "P e"]
-    col: Int32[Array, "P e"]
-    full: Bool[Array, "P e"] | None  # slots in which the masks are known to be true
+    row: Int32[Array, "#n #h e"]
+    col: Int32[Array, "#n #h e"]
+    full: Bool[Array, "#n #h e"] | None  # slots in which the masks are known to be true
     masks: list[Bool[Array, "#n #h #e #br #bc"]]  # per slot
     mask_consts: list[list[Any]]  # of each function
     bias_consts: list[Any]  # those that are no floating-point numbers, None for the others
     q_segments: Int32[Array, "n q"] | None
     kv_segments: Int32[Array, "n s"] | None
     kv_lengths: Int32[Array, " n"] | None
-    key: Any
+    element: Int32[Array, " n"] | None  # which of all batch elements these are
+    key: Any  # of a dropout, as numbers
 
 
 class Tile(NamedTuple):
-    """Where a tile is: the batch element, the head, the pattern, the slot and its block."""
+    """Where a tile is: the batch element, the head, the slot and its block."""
 
     n: Any
     h: Any
-    pattern: Any
     slot: Any
     row: Any
     col: Any
@@ -70,10 +72,9 @@ def sizes(spec: Spec, x: Operands) -> tuple[int, int, int]:
     return x.q.shape[0], x.q.shape[2], x.q.shape[2] // x.k.shape[2]
 
 
-def pattern_of(p: Fixed, n: Any, h: Any, heads: int) -> Any:
-    """Which of the P patterns a head of a batch element has."""
-    count = p.row.shape[0]
-    return 0 * h if count == 1 else h if count == heads else n * heads + h
+def own(a: Array, at: Tile) -> Array:
+    """The part of `a[#n, #h, ...]` that belongs to a head of a batch element."""
+    return a[at.n if a.shape[0] > 1 else 0, at.h if a.shape[1] > 1 else 0]
 
 
 def read(a: Array, n: Any, block: Any, size: int, h: Any) -> Array:
@@ -119,7 +120,7 @@ def visible(spec: Spec, p: Fixed, at: Tile) -> Bool[Array, "br bc"] | None:
         found.append(k < spec.lengths[1])
     if p.kv_lengths is not None:
         found.append(k < p.kv_lengths[at.n])
-    if p.q_segments is not None:
+    if p.q_segments is not None and p.kv_segments is not None:
         br, bc = spec.block
         ours = lax.dynamic_slice(p.q_segments, (at.n, at.row * br), (1, br))
         theirs = lax.dynamic_slice(p.kv_segments, (at.n, at.col * bc), (1, bc))
@@ -130,22 +131,28 @@ def visible(spec: Spec, p: Fixed, at: Tile) -> Bool[Array, "br bc"] | None:
 
 
 def _unless_full(spec: Spec, p: Fixed, at: Tile, q: Array, k: Array) -> Bool[Array, "br bc"]:
+    axes = _mesh.varying(*jax.tree.leaves(p))
+
+    def alike(a: Array) -> Array:
+        return _mesh.vary(a, axes)
+
     def evaluate() -> Array:
-        found = [f(c, at.h, q, k) for f, c in zip(spec.masks, p.mask_consts, strict=True)]
+        found = [f.anywhere(c, at.h, q, k) for f, c in zip(spec.masks, p.mask_consts, strict=True)]
         found += [per_slot(a, at) for a in p.masks]
-        return jnp.broadcast_to(functools.reduce(jnp.logical_and, found), spec.block)
+        return alike(jnp.broadcast_to(functools.reduce(jnp.logical_and, found), spec.block))
 
     if p.full is None:
         return evaluate()
-    return lax.cond(p.full[at.pattern, at.slot], lambda: jnp.ones(spec.block, bool), evaluate)
+    return lax.cond(own(p.full, at)[at.slot], lambda: alike(jnp.ones(spec.block, bool)), evaluate)
 
 
 def dropout(spec: Spec, p: Fixed, at: Tile, heads: int) -> Float[Array, "br bc"] | None:
     """What each probability is multiplied by: 0, or 1 over the share that is kept."""
-    if not spec.dropout_rate:
+    if p.element is None:
         return None
     # the key of a block, wherever it is stored: another pattern drops the same
-    key = jax.random.fold_in(p.key, at.n * heads + at.h)
+    key = jax.random.wrap_key_data(p.key, impl=spec.key_impl)
+    key = jax.random.fold_in(key, p.element[at.n] * heads + at.h)
     key = jax.random.fold_in(key, at.row * spec.grid[1] + at.col)
     keep = 1 - spec.dropout_rate
     return jnp.where(jax.random.bernoulli(key, keep, spec.block), jnp.float32(1 / keep), 0)
@@ -156,7 +163,7 @@ def bias_of(spec: Spec, floats: list[Any], others: list[Any], h: Any, q: Array, 
     assert spec.bias is not None
     floats = iter(floats)  # pyright: ignore[reportAssignmentType]
     consts = [next(floats) if other is None else other for other in others]  # pyright: ignore
-    return spec.bias(consts, h, q, k)
+    return spec.bias.anywhere(consts, h, q, k)
 
 
 def scores(

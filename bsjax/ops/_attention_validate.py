@@ -15,38 +15,38 @@ from bsjax.pattern._validate import sorted_coords
 OP = "attention"
 
 
-def heads(q: Any, k: Any, v: Any) -> None:
+def heads(q: Any, k: Any, v: Any, op: str = OP) -> None:
     """`q[..., q, h, d]`, `k[..., s, g, d]`, `v[..., s, g, f]` of one dtype, g a divisor of h."""
     for name, a in (("q", q), ("k", k), ("v", v)):
-        validate.array(OP, name, a)
+        validate.array(op, name, a)
         if a.ndim < 3:
             raise ValueError(
-                f"{OP}: `{name}` must have axes (..., positions, heads, features), got shape "
+                f"{op}: `{name}` must have axes (..., positions, heads, features), got shape "
                 f"{a.shape}: add an axis for one head."
             )
         if a.dtype != q.dtype:
             raise TypeError(
-                f"{OP}: `q`, `k` and `v` must have one dtype, got {q.dtype} and {a.dtype} for "
+                f"{op}: `q`, `k` and `v` must have one dtype, got {q.dtype} and {a.dtype} for "
                 f"`{name}`: cast them before."
             )
     if k.shape[:-1] != v.shape[:-1]:
         raise ValueError(
-            f"{OP}: `k` of shape {k.shape} and `v` of shape {v.shape} must agree in all axes but "
+            f"{op}: `k` of shape {k.shape} and `v` of shape {v.shape} must agree in all axes but "
             "the last: each key has one value."
         )
     if q.shape[:-3] != k.shape[:-3]:
         raise ValueError(
-            f"{OP}: `q` of shape {q.shape} and `k` of shape {k.shape} must have the same leading "
+            f"{op}: `q` of shape {q.shape} and `k` of shape {k.shape} must have the same leading "
             "axes: broadcast one of them, or use jax.vmap."
         )
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(
-            f"{OP}: `q` of shape {q.shape} and `k` of shape {k.shape} must have equally many "
+            f"{op}: `q` of shape {q.shape} and `k` of shape {k.shape} must have equally many "
             "features, their last axis: scores are their products."
         )
     if not k.shape[-2] or q.shape[-2] % k.shape[-2]:
         raise ValueError(
-            f"{OP}: {k.shape[-2]} heads of keys do not divide {q.shape[-2]} heads of queries: each "
+            f"{op}: {k.shape[-2]} heads of keys do not divide {q.shape[-2]} heads of queries: each "
             "head of keys serves a group of equally many heads of queries."
         )
 
@@ -163,3 +163,15 @@ def key(value: Any) -> jax.Array:
             "for every call, or dropout_rate=0.0 outside training."
         )
     return validate.key(OP, value)
+
+
+def boolean(name: str, a: Any) -> jax.Array:
+    """A bool array."""
+    if not hasattr(a, "dtype") or a.dtype != jnp.bool_:
+        found = getattr(a, "dtype", type(a).__name__)
+        also = " or a function of (head, q_index, k_index)" if name == "mask" else ""
+        raise TypeError(
+            f"{OP}: `{name}` must be a bool array{also}, got {found}: say what holds, for example "
+            f"`{name} != 0`."
+        )
+    return jnp.asarray(a)

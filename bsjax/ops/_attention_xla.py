@@ -26,16 +26,22 @@ class _Lists:
     """The slots of each query block: `slot[ptr[row]:ptr[row + 1]]`, for each pattern."""
 
     def __init__(self, spec: Spec, p: Fixed) -> None:
-        self.slot = stable_argsort(p.row)  # sorted by column before, so now by row and column
-        rows = jnp.arange(spec.grid[0] + 1, dtype=jnp.int32)
-        by_row = jnp.take_along_axis(jnp.asarray(p.row), jnp.asarray(self.slot), axis=1)
-        self.ptr = jax.vmap(lambda keys: jnp.searchsorted(keys, rows))(by_row).astype(jnp.int32)
-        self.slot, self.col = jnp.asarray(self.slot), p.col
+        row, self.col = jnp.asarray(p.row), jnp.asarray(p.col)
+        self.slot = jnp.asarray(stable_argsort(row))  # by row, and as before by column
+        row = jnp.take_along_axis(row, self.slot, axis=2)
+        starts = jnp.arange(spec.grid[0] + 1, dtype=jnp.int32)
+        find = jax.vmap(jax.vmap(lambda keys: jnp.searchsorted(keys, starts)))
+        self.ptr = find(row).astype(jnp.int32)
+
+    def span(self, at: Tile) -> tuple[Any, Any]:
+        """Where the list of a query block starts and ends."""
+        ptr = tiles.own(self.ptr, at)
+        return ptr[at.row], ptr[at.row + 1]
 
     def tile(self, at: Tile, place: Any) -> Tile:
         """The tile of the slot at `place` of the list."""
-        slot = self.slot[at.pattern, place]
-        return at._replace(slot=slot, col=self.col[at.pattern, slot])
+        slot = tiles.own(self.slot, at)[place]
+        return at._replace(slot=slot, col=tiles.own(self.col, at)[slot])
 
 
 def forward(spec: Spec, x: Operands, p: Fixed) -> tuple[Array, Array]:
@@ -45,7 +51,7 @@ def forward(spec: Spec, x: Operands, p: Fixed) -> tuple[Array, Array]:
     zeros = _zeros_like(x, p)
 
     def row(i: Any, out: Any) -> Any:
-        at = _row(spec, p, i, heads)
+        at = _row(spec, i, heads)
         q = tiles.read(x.q, at.n, at.row, br, at.h)
 
         def step(place: Any, sums: Any) -> Any:
@@ -73,8 +79,7 @@ def forward(spec: Spec, x: Operands, p: Fixed) -> tuple[Array, Array]:
                 zeros((br,), dtype) + 1,
                 mixed,
             )
-        first, last = lists.ptr[at.pattern, at.row], lists.ptr[at.pattern, at.row + 1]
-        top, total, mixed = lax.fori_loop(first, last, step, start)
+        top, total, mixed = lax.fori_loop(*lists.span(at), step, start)
         some = total > 0
         mixed = mixed / jnp.where(some, total, 1)[:, None]
         lse = jnp.where(some, top + jnp.log(jnp.where(some, total, 1)), -jnp.inf)
@@ -97,7 +102,7 @@ def backward(spec: Spec, x: Operands, p: Fixed, out: Array, lse: Array, dout: Ar
     zeros = _zeros_like(x, p)
 
     def row(i: Any, grads: Operands) -> Operands:
-        at = _row(spec, p, i, heads)
+        at = _row(spec, i, heads)
         q, do, o = (tiles.read(a, at.n, at.row, br, at.h) for a in (x.q, dout, out))
         logs = lax.dynamic_slice(lse, (at.n, at.h, at.row * br), (1, 1, br))[0, 0]
         logs = jnp.where(logs == -jnp.inf, 0, logs)  # nothing to attend to: all scores are -inf
@@ -132,10 +137,9 @@ def backward(spec: Spec, x: Operands, p: Fixed, out: Array, lse: Array, dout: Ar
                 grads = grads._replace(bias_consts=dconsts)
             return dq + dq_part, grads
 
-        first, last = lists.ptr[at.pattern, at.row], lists.ptr[at.pattern, at.row + 1]
-        dq, grads = lax.fori_loop(first, last, step, (zeros(q.shape, dtype), grads))
+        dq, grads = lax.fori_loop(*lists.span(at), step, (zeros(q.shape, dtype), grads))
         grads = grads._replace(q=_write(grads.q, dq, at))
-        if x.sinks is not None:
+        if x.sinks is not None and grads.sinks is not None:
             probs = jnp.exp(x.sinks[at.h].astype(dtype) - logs)
             grads = grads._replace(sinks=grads.sinks.at[at.h].add(-(probs * mean).sum()))
         return grads
@@ -144,11 +148,10 @@ def backward(spec: Spec, x: Operands, p: Fixed, out: Array, lse: Array, dout: Ar
     return _every_row(spec, n * heads, row, start)
 
 
-def _row(spec: Spec, p: Fixed, i: Any, heads: int) -> Tile:
+def _row(spec: Spec, i: Any, heads: int) -> Tile:
     """The i-th query block of all heads and batch elements."""
     stream, row = i // spec.grid[0], i % spec.grid[0]
-    n, h = stream // heads, stream % heads
-    return Tile(n, h, tiles.pattern_of(p, n, h, heads), 0, row, 0)
+    return Tile(stream // heads, stream % heads, 0, row, 0)
 
 
 def _every_row(spec: Spec, streams: int, row: Any, out: Any) -> Any:
@@ -171,7 +174,5 @@ def _add(a: Array, block: Array, at: Tile) -> Array:
 def _zeros_like(*trees: Any) -> Any:
     """A maker of zeros that vary over every mesh axis that the arguments vary over, as carries of
     loops must."""
-    axes = _mesh.varying(
-        *(a for a in jax.tree.leaves(trees) if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key))
-    )
+    axes = _mesh.varying(*jax.tree.leaves(trees))
     return lambda shape, dtype: _mesh.vary(jnp.zeros(shape, dtype), axes)
