@@ -100,7 +100,7 @@ def attention(
         masks=functions,
         bias=function,
     )
-    check(spec, q)
+    check(spec)
     x = Operands(
         args.blocks_of(q, 3, p.block[0]),
         *(args.blocks_of(a, 3, p.block[1]) for a in (k, v)),

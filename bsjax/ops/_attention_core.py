@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from bsjax.ops import _attention_dense, _attention_xla, _core
-from bsjax.ops._attention_choose import fastest
+from bsjax.ops._attention_choose import runs
 from bsjax.ops._attention_mesh import over_batch
 from bsjax.ops._attention_tile import Fixed, Operands, Spec, kept
 
@@ -60,7 +60,7 @@ def _run(spec: Spec, what: str, *args: Any) -> Any:
 
     if spec.name != "auto":
         return of(spec.name)(*args)
-    names = {platform: fastest(spec, args[0], args[1], platform) for platform in ("cpu", "default")}
+    names = runs(spec, args[0], args[1])
     if len(set(names.values())) == 1:
         return of(names["cpu"])(*args)
     return jax.lax.platform_dependent(*args, **{k: of(name) for k, name in names.items()})

@@ -79,13 +79,18 @@ def own(a: Array, at: Tile) -> Array:
 
 def read(a: Array, n: Any, block: Any, size: int, h: Any) -> Array:
     """`size` positions of one head: `[size, d]`, in what sums are kept in."""
-    piece = lax.dynamic_slice(a, (n, block * size, h, 0), (1, size, 1, a.shape[3]))
+    piece = lax.dynamic_slice(a, index(n, block * size, h, 0), (1, size, 1, a.shape[3]))
     return piece[0, :, 0].astype(kept(a.dtype))
+
+
+def index(*places: Any) -> tuple[Array, ...]:
+    """Of one dtype, also where 64-bit numbers are switched on."""
+    return tuple(jnp.asarray(i, jnp.int32) for i in places)
 
 
 def kept(dtype: Any) -> Any:
     """What sums are kept in."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def per_slot(a: Array, at: Tile) -> Array:
@@ -95,14 +100,14 @@ def per_slot(a: Array, at: Tile) -> Array:
 
 def add_per_slot(a: Array, part: Array, at: Tile) -> Array:
     """`a`, with `part` added to what `per_slot` reads."""
-    index = _place(a, at)
-    old = lax.dynamic_slice(a, index, (1, 1, 1, *a.shape[3:]))
-    return lax.dynamic_update_slice(a, old + part[None, None, None], index)
+    place = _place(a, at)
+    old = lax.dynamic_slice(a, place, (1, 1, 1, *a.shape[3:]))
+    return lax.dynamic_update_slice(a, old + part[None, None, None], place)
 
 
-def _place(a: Array, at: Tile) -> tuple[Any, ...]:
+def _place(a: Array, at: Tile) -> tuple[Array, ...]:
     shared = zip((at.n, at.h, at.slot), a.shape[:3], strict=True)
-    return (*(i if size > 1 else 0 for i, size in shared), 0, 0)
+    return index(*(i if size > 1 else 0 for i, size in shared), 0, 0)
 
 
 def positions(spec: Spec, at: Tile) -> tuple[Int32[Array, "br 1"], Int32[Array, "1 bc"]]:
@@ -122,8 +127,8 @@ def visible(spec: Spec, p: Fixed, at: Tile) -> Bool[Array, "br bc"] | None:
         found.append(k < p.kv_lengths[at.n])
     if p.q_segments is not None and p.kv_segments is not None:
         br, bc = spec.block
-        ours = lax.dynamic_slice(p.q_segments, (at.n, at.row * br), (1, br))
-        theirs = lax.dynamic_slice(p.kv_segments, (at.n, at.col * bc), (1, bc))
+        ours = lax.dynamic_slice(p.q_segments, index(at.n, at.row * br), (1, br))
+        theirs = lax.dynamic_slice(p.kv_segments, index(at.n, at.col * bc), (1, bc))
         found.append(theirs == ours.T)
     if spec.masks or p.masks:
         found.append(_unless_full(spec, p, at, q, k))

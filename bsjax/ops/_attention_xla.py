@@ -85,14 +85,14 @@ def forward(spec: Spec, x: Operands, p: Fixed) -> tuple[Array, Array]:
         lse = jnp.where(some, top + jnp.log(jnp.where(some, total, 1)), -jnp.inf)
         whole, logs = out
         return _write(whole, mixed, at), lax.dynamic_update_slice(
-            logs, lse[None, None], (at.n, at.h, at.row * br)
+            logs, lse[None, None], tiles.index(at.n, at.h, at.row * br)
         )
 
     out = (
         zeros((n, x.q.shape[1], heads, features), dtype),
         zeros((n, heads, x.q.shape[1]), dtype),
     )
-    return _every_row(spec, n * heads, row, out)
+    return _every_row(spec, p, n * heads, row, out)
 
 
 def backward(spec: Spec, x: Operands, p: Fixed, out: Array, lse: Array, dout: Array) -> Operands:
@@ -104,7 +104,7 @@ def backward(spec: Spec, x: Operands, p: Fixed, out: Array, lse: Array, dout: Ar
     def row(i: Any, grads: Operands) -> Operands:
         at = _row(spec, i, heads)
         q, do, o = (tiles.read(a, at.n, at.row, br, at.h) for a in (x.q, dout, out))
-        logs = lax.dynamic_slice(lse, (at.n, at.h, at.row * br), (1, 1, br))[0, 0]
+        logs = lax.dynamic_slice(lse, tiles.index(at.n, at.h, at.row * br), (1, 1, br))[0, 0]
         logs = jnp.where(logs == -jnp.inf, 0, logs)  # nothing to attend to: all scores are -inf
         mean = (do * o).sum(1)  # of the gradients of the probabilities
 
@@ -145,7 +145,7 @@ def backward(spec: Spec, x: Operands, p: Fixed, out: Array, lse: Array, dout: Ar
         return grads
 
     start = jax.tree.map(lambda a: zeros(a.shape, tiles.kept(a.dtype)), x)
-    return _every_row(spec, n * heads, row, start)
+    return _every_row(spec, p, n * heads, row, start)
 
 
 def _row(spec: Spec, i: Any, heads: int) -> Tile:
@@ -154,19 +154,21 @@ def _row(spec: Spec, i: Any, heads: int) -> Tile:
     return Tile(stream // heads, stream % heads, 0, row, 0)
 
 
-def _every_row(spec: Spec, streams: int, row: Any, out: Any) -> Any:
+def _every_row(spec: Spec, p: Fixed, streams: int, row: Any, out: Any) -> Any:
     rows = streams * spec.grid[0]
-    return lax.fori_loop(0, rows, row, out) if rows else out
+    if not rows * p.row.shape[2]:  # nothing is stored: zeros
+        return out
+    return lax.fori_loop(jnp.int32(0), jnp.int32(rows), row, out)
 
 
 def _write(a: Array, block: Array, at: Tile) -> Array:
     """`block[br, d]` in its place in `a[n, q, h, d]`."""
-    index = (at.n, at.row * block.shape[0], at.h, 0)
+    index = tiles.index(at.n, at.row * block.shape[0], at.h, 0)
     return lax.dynamic_update_slice(a, block[None, :, None], index)
 
 
 def _add(a: Array, block: Array, at: Tile) -> Array:
-    index = (at.n, at.row * block.shape[0], at.h, 0)
+    index = tiles.index(at.n, at.row * block.shape[0], at.h, 0)
     old = lax.dynamic_slice(a, index, (1, block.shape[0], 1, block.shape[1]))
     return lax.dynamic_update_slice(a, old + block[None, :, None], index)
 

@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool
 
 from bsjax.ops import _attention_validate as validate
+from bsjax.ops._attention_tile import kept
 from bsjax.pattern import BlockPattern
 from bsjax.pattern._validate import pair, size
 
@@ -51,7 +52,7 @@ def top_blocks(
     most = int(np.minimum(np.broadcast_to(reach, r), br * count).sum())
     capacity = most if capacity is None else size(OP, "capacity", capacity)
     q, k = (lax.stop_gradient(a).reshape(n, *a.shape[len(lead) :]) for a in (q, k))
-    q, k = (a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in (q, k))
+    q, k = (a.astype(kept(a.dtype)) for a in (q, k))
     own = jnp.arange(length, dtype=jnp.int32)[:, None] // bc
     column = jnp.arange(c, dtype=jnp.int32)[None]
     allowed = column <= own if causal else jnp.ones((length, c), bool)
