@@ -86,6 +86,7 @@ def test_the_past_does_not_see_the_future(which):
     assert changed > 10
 
 
+@pytest.mark.slow
 def test_choices_have_no_gradient():
     q, k, v = inputs()
     p, chosen = bsjax.top_blocks(q, k, block=(8, 4), count=3)
@@ -95,20 +96,22 @@ def test_choices_have_no_gradient():
         return bsjax.attention(q, k, v, p, mask=(chosen, masks.causal()), implementation="xla")
 
     dout = normal(np.random.default_rng(1), q.shape)
-    for a, b in zip(*(jax.vjp(one, q, k, v)[1](dout) for one in (f, fixed)), strict=True):
+    both = jax.jit(lambda *a: [jax.vjp(one, *a)[1](dout) for one in (f, fixed)])
+    for a, b in zip(*both(q, k, v), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
 def test_capacity():
     q, k, _ = inputs()
-    whole, _ = bsjax.top_blocks(q, k, block=(8, 4), count=12)
+    top_blocks = jax.jit(bsjax.top_blocks, static_argnames=("block", "count", "capacity"))
+    whole, _ = top_blocks(q, k, block=(8, 4), count=12)
     np.testing.assert_array_equal(
         whole.mask(), np.broadcast_to(masks.causal().blocks((S, S), (8, 4))[0], (N, H, 6, 12))
     )
-    p, chosen = bsjax.top_blocks(q, k, block=(8, 4), count=3, capacity=60)
+    p, chosen = top_blocks(q, k, block=(8, 4), count=3, capacity=60)
     assert p.row.shape == (N, H, 60)
     assert chosen.shape == (N, H, 60, 8, 1)
-    p, _ = bsjax.top_blocks(q, k, block=(8, 4), count=3, capacity=2)
+    p, _ = top_blocks(q, k, block=(8, 4), count=3, capacity=2)
     assert not np.asarray(p.nnz).any()
     with pytest.raises(ValueError, match="outside the grid"):
         bsjax.check(p)
