@@ -10,6 +10,7 @@ name, since `import bsjax` itself needs only jax, numpy and jaxtyping.
 from bsjax import inits as inits
 from bsjax import patterns as patterns
 from bsjax.ops import block_norms as block_norms
+from bsjax.ops import conv as conv
 from bsjax.ops import fromdense as fromdense
 from bsjax.ops import glu as glu
 from bsjax.ops import matmul as matmul
@@ -27,6 +28,7 @@ __all__ = [
     "BlockPattern",
     "block_norms",
     "check",
+    "conv",
     "fromdense",
     "glu",
     "inits",
