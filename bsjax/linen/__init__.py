@@ -1,10 +1,11 @@
 """Flax Linen modules: parameters only, the arithmetic is in `bsjax.ops`."""
 
 import bsjax._serialization  # noqa: F401 - registers BlockPattern with flax.serialization
+from bsjax.linen._conv import BlockConv as BlockConv
 from bsjax.linen._convert import from_nnx as from_nnx
 from bsjax.linen._convert import to_nnx as to_nnx
 from bsjax.linen._linear import BlockLinear as BlockLinear
 from bsjax.linen._mlp import BlockMLP as BlockMLP
 from bsjax.linen._sampled import SampledLinear as SampledLinear
 
-__all__ = ["BlockLinear", "BlockMLP", "SampledLinear", "from_nnx", "to_nnx"]
+__all__ = ["BlockConv", "BlockLinear", "BlockMLP", "SampledLinear", "from_nnx", "to_nnx"]

@@ -1,10 +1,20 @@
 """Flax NNX modules: parameters only, the arithmetic is in `bsjax.ops`."""
 
 import bsjax._serialization  # noqa: F401 - registers BlockPattern with flax.serialization
+from bsjax.nnx._conv import BlockConv as BlockConv
+from bsjax.nnx._conv import fold_batch_norm as fold_batch_norm
 from bsjax.nnx._linear import BlockLinear as BlockLinear
 from bsjax.nnx._linear import Pattern as Pattern
 from bsjax.nnx._mlp import BlockMLP as BlockMLP
 from bsjax.nnx._sample_linears import sample_linears as sample_linears
 from bsjax.nnx._sampled import SampledLinear as SampledLinear
 
-__all__ = ["BlockLinear", "BlockMLP", "Pattern", "SampledLinear", "sample_linears"]
+__all__ = [
+    "BlockConv",
+    "BlockLinear",
+    "BlockMLP",
+    "Pattern",
+    "SampledLinear",
+    "fold_batch_norm",
+    "sample_linears",
+]

@@ -4,14 +4,13 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bsjax.ops import _conv_core, _conv_form, _gate, _mesh, _products, _reference
 from bsjax.ops import _validate as validate
 from bsjax.ops._activations import Activation, named
 from bsjax.ops._choose import Implementation, check
-from bsjax.ops._conv_form import Form, Padding
+from bsjax.ops._conv_form import Padding
 from bsjax.ops._core import Spec
 from bsjax.pattern import BlockPattern
 
@@ -35,12 +34,13 @@ def conv(
     precision: Any = None,
     implementation: Implementation = "auto",
 ) -> Float[Array, "..."]:
-    """`y[q, m] = activation(sum_t x[strides q + dilation t - pad, k] @ S_t[k, m] + bias) + residual`
+    """`y[q, m] = act(sum_t x[strides q + dilation t - pad, k] @ S_t[k, m] + bias) + residual`,
+    for pixels q and the taps t of a window.
 
-    for pixels q and the taps t of a window. `x[*n, *space, k]` has one to three axes of space and
-    any leading axes, y is `[*n, *space, m]`. The matrices S_t have one pattern: they are zero
-    outside the stored blocks, which are `values[e, *window, br, bc]`, dense in the taps. `window`
-    may be left out, since values have it; if it is given, they must agree.
+    `x[*n, *space, k]` has one to three axes of space and any leading axes, y is `[*n, *space, m]`.
+    The matrices S_t have one pattern: they are zero outside the stored blocks, which are
+    `values[e, *window, br, bc]`, dense in the taps. `window` may be left out, since values have it;
+    if it is given, they must agree.
 
     `strides`, `padding` ("SAME", "VALID", "SAME_LOWER", or how much on both sides, or before and
     after, for each axis of space) and `dilation` of the kernel are those of
@@ -123,14 +123,21 @@ def conv(
         values = _gate.scaled(values, gate, p)
         open_ = None if implementation == "reference" else _gate.opened(gate, p)
     rows = x.reshape(*lead, math.prod(into) * k)
-    y = _conv_core.conv(spec, form, transpose, rows, values, p, open_).reshape(shape)
+    y = _conv_core.conv(spec, form, transpose, rows, values, p, open_)
     if bias is not None:
-        y = y + jnp.expand_dims(bias.astype(y.dtype), range(y.ndim - 1))
+        y = _mesh.per_token(_plus, y, bias.astype(y.dtype))
+    y = y.reshape(shape)
     if act is not None:
         y = act(y)
     if residual is not None:
         y = y + residual.astype(y.dtype)
     return y.astype(x.dtype)
+
+
+def _plus(y: Float[Array, "n i"], bias: Float[Array, " m"]) -> Float[Array, "n i"]:
+    """Images in rows, and a number for each channel."""
+    pixels = y.reshape(y.shape[0], y.shape[1] // max(1, bias.size), bias.size)
+    return (pixels + bias[None, None]).reshape(y.shape)
 
 
 def _values(value: Any, p: BlockPattern) -> jax.Array:

@@ -47,5 +47,3 @@ def taps(
     options = {"precision": precision, "preferred_element_type": accumulator(x, y)}
     dense = form.taps(x.swapaxes(0, -1), jnp.moveaxis(y, 0, -2), **options)
     return blocks(jnp.moveaxis(dense, 0, -2), p).astype(out_dtype)
-
-

@@ -116,9 +116,7 @@ def _conv(x: Array, w: Array, strides: Any, padding: Any, **options: Any) -> Arr
     return lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=numbers, **options)
 
 
-def forward(
-    space: Sizes, window: Sizes, strides: Sizes, padding: Any, dilation: Sizes
-) -> Form:
+def forward(space: Sizes, window: Sizes, strides: Sizes, padding: Any, dilation: Sizes) -> Form:
     """Of a convolution that reads `space`, with `padding` from `pads`."""
     low, target = [], []
     for axis, (p, w, s, d) in enumerate(zip(space, window, strides, dilation, strict=True)):
@@ -135,9 +133,7 @@ def forward(
     return Form(space, tuple(target), window, strides, dilation, tuple(low))
 
 
-def transposed(
-    space: Sizes, window: Sizes, strides: Sizes, padding: Any, dilation: Sizes
-) -> Form:
+def transposed(space: Sizes, window: Sizes, strides: Sizes, padding: Any, dilation: Sizes) -> Form:
     """Of the transpose of a convolution, which reads `space`: with the sizes and the meaning of
     padding that `jax.lax.conv_transpose` has."""
     low, source = [], []

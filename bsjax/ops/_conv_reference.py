@@ -16,7 +16,11 @@ from bsjax.pattern import BlockPattern
 def kernel(values: Float[Array, "e ..."], p: BlockPattern) -> Float[Array, "*window k m"]:
     """The dense kernel: zero but for the stored blocks `values[e, *window, br, bc]`."""
     e, *window, br, bc = values.shape
-    return as_kernel(_reference.todense(values.reshape(e, math.prod(window) * br, bc), tall(p, window)), window, p)
+    return as_kernel(
+        _reference.todense(values.reshape(e, math.prod(window) * br, bc), tall(p, window)),
+        window,
+        p,
+    )
 
 
 def tall(p: BlockPattern, window: Any) -> BlockPattern:
@@ -49,8 +53,8 @@ def conv(
     if not transpose:
         return form.conv(x, w, precision=precision).astype(out_dtype)
     zeros = jnp.zeros((x.shape[0], *form.source, w.shape[-2]), kept)
-    forward = lambda source: form.conv(source, w, precision=precision)
-    return jax.vjp(forward, zeros)[1](x)[0].astype(out_dtype)
+    pull = jax.vjp(lambda source: form.conv(source, w, precision=precision), zeros)[1]
+    return pull(x)[0].astype(out_dtype)
 
 
 def taps(
