@@ -91,7 +91,7 @@ def stored(w: jax.Array, p: bsjax.BlockPattern) -> jax.Array:
     return jnp.asarray(np.moveaxis(blocks, (2, 4), (0, 1))[np.asarray(p.row), np.asarray(p.col)])
 
 
-def _sparse(x: Any, values: Any, p: Any, strides: int, name: str) -> jax.Array:
+def _sparse(x: Any, values: Any, p: Any, strides: int, name: Any) -> jax.Array:
     return bsjax.conv(x, values, p, strides=strides, implementation=name)
 
 

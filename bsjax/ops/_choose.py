@@ -27,12 +27,13 @@ class Problem:
 
 
 # The density at which the product over stored blocks costs what the dense product costs, at many
-# tokens on a CPU, by the shorter block side: measured by `python -m benchmarks.matmul`.
+# tokens on a CPU, by the shorter block side: measured by `python -m benchmarks.matmul`, and for
+# convolutions and their dvalues ("taps") by `python -m benchmarks.conv`, in the least apt layer.
 CPU_BREAK_EVEN = {
     "matmul": {8: 0.12, 16: 0.3, 32: 0.42, 64: 0.6, 128: 0.7},
     "sddmm": {8: 0.12, 16: 0.3, 32: 0.42, 64: 0.5, 128: 0.6},
-    "conv": {8: 0.12, 16: 0.3, 32: 0.5, 64: 0.6, 128: 0.7},
-    "taps": {8: 0.12, 16: 0.3, 32: 0.42, 64: 0.5, 128: 0.6},
+    "conv": {8: 0.12, 16: 0.28, 32: 0.4, 64: 0.6, 128: 0.7},
+    "taps": {8: 0.15, 16: 0.3, 32: 0.45, 64: 0.65, 128: 0.8},
 }
 # The same of the kernels on a Hopper GPU, in 16 bits: `python -m benchmarks.gpu` on an H100, with
 # 8192 tokens. Products below `GPU_FLOPS` were not measured and run dense, as do short blocks.
