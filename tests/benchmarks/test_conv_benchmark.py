@@ -49,6 +49,7 @@ def test_what_people_read(records):
     assert "goals met: " in text
 
 
+@pytest.mark.slow
 def test_a_wrong_result_is_not_timed(monkeypatch):
     (case,) = small()
     right = bsjax.conv
@@ -83,6 +84,7 @@ def test_goals():
     assert cases.goal(sixth, "xla") == 1
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(conv, "QUICK", (SMALL,))
     path = tmp_path / "conv.jsonl"

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx, serialization
 
-import bsjax
 from bsjax.nnx import BlockConv, BlockLinear, fold_batch_norm
 from tests.helpers import assert_close, assert_raises, normal, slow
-from tests.ops.conv import lax_conv
+from tests.ops.conv import kernel, lax_conv
 
 MASK = np.array([[1, 0, 1], [1, 1, 0]], bool)
 FULL = np.ones((1, 2), bool)
@@ -33,10 +32,7 @@ def twin(conv, **options):
         rngs=nnx.Rngs(1),
         **options,
     )
-    p, values = conv.pattern.get_value(), conv.values[...]
-    taps = values.reshape(values.shape[0], -1, *p.block).swapaxes(0, 1)
-    whole = jnp.stack([bsjax.todense(tap, p) for tap in taps])
-    dense.kernel[...] = whole.reshape(dense.kernel.shape)
+    dense.kernel[...] = jnp.asarray(kernel(conv.values[...], conv.pattern.get_value()))
     if conv.bias is not None:
         dense.bias[...] = conv.bias[...]
     return dense
@@ -46,7 +42,7 @@ def twin(conv, **options):
     ("strides", "options"),
     [
         (2, {"padding": ((0, 1), (2, 0)), "kernel_dilation": 2}),
-        (1, {"padding": "CIRCULAR"}),
+        slow(1, {"padding": "CIRCULAR"}),
         slow(None, {"padding": "VALID", "use_bias": False}),
         slow((1, 2), {"padding": "REFLECT", "kernel_dilation": (1, 2)}),
     ],
@@ -58,6 +54,7 @@ def test_is_flax_with_the_dense_kernel(strides, options):
     assert_close(conv(x), np.asarray(want), 72)
 
 
+@pytest.mark.slow
 def test_causal():
     conv = layer(kernel_size=3, padding="CAUSAL", kernel_dilation=2)
     x = image(2, 9, 8)
@@ -78,9 +75,9 @@ def test_an_rgb_image_and_odd_channels_out():
     assert values.shape == (3, 3, 3, 4, 4)
     assert not np.any(values[..., 3, :])
     assert not np.any(values[2, ..., 2:])
-    kernel = jnp.concatenate([values[j] for j in range(3)], -1)[:, :, :3, :10]
+    w = np.concatenate(np.asarray(values), -1)[:, :, :3, :10]
     got = conv(x, activation="relu", residual=residual)
-    assert_close(got, np.asarray(jax.nn.relu(lax_conv(x, kernel)) + residual), 27)
+    assert_close(got, np.asarray(jax.nn.relu(lax_conv(x, w)) + residual), 27)
     grads = nnx.grad(lambda conv: jnp.vdot(conv(x), residual))(conv)
     assert not np.any(grads["values"][...][..., 3, :])
 
@@ -92,6 +89,7 @@ def test_dtypes():
     assert layer(param_dtype=jnp.float16).values.dtype == jnp.float16
 
 
+@pytest.mark.slow
 def test_variance_is_kept():
     """Taps of stored inputs are what an output sums over: 9 * 2 of 3 blocks of 16."""
     mask = np.array([[1, 0], [1, 1], [0, 1]], bool)
@@ -144,7 +142,7 @@ def normalised(features, **options):
     ("conv_options", "norm_options"),
     [
         ({"strides": 2, "bias_init": jax.nn.initializers.normal()}, {}),
-        ({"use_bias": False, "features": (7, 10)}, {"epsilon": 0.1}),
+        slow({"use_bias": False, "features": (7, 10)}, {"epsilon": 0.1}),
         slow({"use_bias": False}, {"use_scale": False}),
         slow({}, {"use_bias": False, "use_scale": False}),
     ],
@@ -162,6 +160,7 @@ def test_batch_norm_is_folded(conv_options, norm_options):
     assert folded.strides == conv.strides
 
 
+@pytest.mark.slow
 def test_batch_norm_is_folded_into_a_linear_layer():
     linear = BlockLinear(8, 12, pattern=MASK, block=4, rngs=nnx.Rngs(0))
     norm, x = normalised(12), image(5, 8)
