@@ -44,6 +44,10 @@ GPU_BREAK_EVEN = {
 GPU_FLOPS = 2e11
 # Making the dense matrix costs as much as multiplying this many tokens by it.
 TODENSE_TOKENS = {"matmul": 64, "sddmm": 0, "conv": 64, "taps": 0}
+# Narrow weights do little with each number of x and y, which the loops turn around first: so many
+# FLOPs of the dense product a number, beyond what the tables hold for 2048 x 2048. Measured with
+# 1x1 convolutions of 64 to 1024 channels, `python -m benchmarks.conv`.
+TURN_FLOPS, TABLE_SIDE = {"matmul": 80, "sddmm": 0, "conv": 0, "taps": 0}, 2048
 # A turn of a loop over block-columns costs as much as so much work of the dense product.
 LOOP_FLOPS = 1.5e6
 
@@ -84,5 +88,7 @@ def fastest(problem: Problem, platform: str) -> str:
     side = max((s for s in table if s <= min(problem.block)), default=min(table))
     # times over that of the product with a stored dense weight
     stored = problem.density / table[side] + LOOP_FLOPS * max(r, c) / flops
+    narrow = 1 / max(1, r * br) + 1 / max(1, c * bc) - 2 / TABLE_SIDE
+    stored += TURN_FLOPS[problem.op] * max(0, narrow)
     dense = 1 + TODENSE_TOKENS[problem.op] / max(1, problem.n)
     return "dense" if stored > dense else "xla"
