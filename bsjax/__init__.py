@@ -12,6 +12,7 @@ from bsjax import masks as masks
 from bsjax import patterns as patterns
 from bsjax.ops import attention as attention
 from bsjax.ops import block_norms as block_norms
+from bsjax.ops import conv as conv
 from bsjax.ops import fromdense as fromdense
 from bsjax.ops import glu as glu
 from bsjax.ops import matmul as matmul
@@ -31,6 +32,7 @@ __all__ = [
     "attention",
     "block_norms",
     "check",
+    "conv",
     "fromdense",
     "glu",
     "inits",

@@ -66,7 +66,7 @@ def linear(
     All are cast to `dtype`, or to the common dtype of x, values and bias.
     """
     in_features, out_features = features
-    x, values, bias = _cast(layer, dtype, in_features, x, values, bias)
+    x, values, bias = cast(layer, dtype, in_features, x, values, bias)
     dtype = x.dtype
     k, m = p.shape
     if x.shape[-1] < k:
@@ -117,12 +117,12 @@ def sampled_linear(
 ) -> Float[Array, "*n m"]:
     """`x @ kernel + bias`, the product from a sample of its terms, or exact if `key` is None."""
     check_sampling("SampledLinear", kernel.shape, **options)
-    x, kernel, bias = _cast("SampledLinear", dtype, kernel.shape[0], x, kernel, bias)
+    x, kernel, bias = cast("SampledLinear", dtype, kernel.shape[0], x, kernel, bias)
     y = ops.sampled_matmul(x, kernel, key=key, **options)
     return y if bias is None else y + jnp.expand_dims(bias, range(y.ndim - 1))
 
 
-def _cast(
+def cast(
     layer: str, dtype: Any, in_features: int, x: Any, weights: Any, bias: Any
 ) -> tuple[Array, Array, Array | None]:
     """All in `dtype` or else in their common one, as Flax's own layers do; inputs that fit."""
@@ -192,7 +192,7 @@ def _fused_mlp(
         return None
     dtype, gated = dtypes.pop(), len(layers) == 3
     up, *gate, down = (_mlp.cast(own, dtype) for own in weights)
-    x = _padded(x.astype(dtype), up.p.shape[0])
+    x = padded(x.astype(dtype), up.p.shape[0])
     whole = layers[0].out_features == up.p.shape[1]
     biased = gated and any(one.bias is not None for one in (up, *gate))
     if not whole or biased or not _mlp.fits(x, up.p, down.p, gated=gated):
@@ -203,14 +203,14 @@ def _fused_mlp(
         up = _mlp.pair(gate[0], up)
     out_features = down.p.shape[1]
     if down.bias is not None:
-        down = down._replace(bias=_padded(down.bias, out_features))
+        down = down._replace(bias=padded(down.bias, out_features))
     if residual is not None:
-        residual = _padded(jnp.asarray(residual, dtype), out_features)
+        residual = padded(jnp.asarray(residual, dtype), out_features)
     form, precision = Form(activation, gated), layers[0].precision
     y = _mlp.mlp(x, up, down, residual, form=form, precision=precision)
     return y[..., : layers[-1].out_features]
 
 
-def _padded(a: Array, features: int) -> Array:
+def padded(a: Array, features: int) -> Array:
     """With zeros behind the last feature."""
     return jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, features - a.shape[-1])])

@@ -12,6 +12,7 @@ initialiser out of any standard one, `by_pattern` out of a function of your own.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -60,14 +61,49 @@ def by_pattern(function: Initializer) -> Initializer:
 
 
 def initialize(
-    init: Initializer, key: Any, p: BlockPattern, dtype: Any, features: Features | None = None
+    init: Initializer,
+    key: Any,
+    p: BlockPattern,
+    dtype: Any,
+    features: Features | None = None,
+    window: tuple[int, ...] = (),
 ) -> Any:
-    """Values of `p` from any initialiser: marked by `by_pattern`, or a standard one."""
+    """Values `[e, *window, br, bc]` from any initialiser: marked by `by_pattern`, or a standard
+    one.
+
+    Of a convolution, each tap of a stored input counts as an input. A standard initialiser gets
+    shapes `(*window, fan, out)`, as in Flax. `identity` fills the middle tap, and the others with
+    zeros: with stride 1 and padding "SAME" that is the identity.
+    """
     inner = init
     while isinstance(inner, functools.partial):
         inner = inner.func
     takes_pattern = getattr(inner, "by_pattern", False)
-    return (init if takes_pattern else from_dense(init))(key, p, dtype, features)
+    if not window:
+        return (init if takes_pattern else from_dense(init))(key, p, dtype, features)
+    if getattr(inner, "pointwise", False):
+        values = init(key, p, dtype, features)
+        empty = jnp.zeros((p.capacity, *window, *p.block), values.dtype)
+        return empty.at[:, *((size - 1) // 2 for size in window)].set(values)
+    # the taps of an input are rows below each other, so that the last inputs may be padding
+    taps, (br, bc) = math.prod(window), p.block
+    tall = BlockPattern(p.row, p.col, p.grid, (br * taps, bc))
+    k, m = _check_features("initialize", p, features)
+    rows = (init if takes_pattern else from_dense(_by_tap(init, window)))(
+        key, tall, dtype, (k * taps, m)
+    )
+    return jnp.moveaxis(rows.reshape(p.capacity, br, *window, bc), 1, -2)
+
+
+def _by_tap(init: Initializer, window: tuple[int, ...]) -> Initializer:
+    """An initialiser of kernels `(*window, fan, out)`, as one of matrices `(fan * taps, out)`."""
+    taps = math.prod(window)
+
+    def by_tap(key: Any, shape: tuple[int, int], dtype: Any) -> Any:
+        full = (*window, shape[0] // taps, shape[1])
+        return jnp.moveaxis(_checked(init(key, full, dtype), full), -2, 0).reshape(shape)
+
+    return by_tap
 
 
 def stored_fan_in(gain: float = 1.0) -> Initializer:
@@ -133,6 +169,7 @@ def identity(scale: float = 1.0) -> Initializer:
         share = scale / jnp.sqrt(jnp.maximum(count, 1)).at[p.col].get(mode="fill", fill_value=1)
         return jnp.where(ones, share[:, None], 0)
 
+    identity.pointwise = True  # type: ignore[attr-defined]
     return identity
 
 
@@ -261,7 +298,7 @@ def _fans(p: BlockPattern, features: Features) -> tuple[np.ndarray, np.ndarray]:
     return fan, np.searchsorted(col, np.arange(c)) * p.block[0]
 
 
-def _checked(values: Any, shape: tuple[int, int]) -> Array:
+def _checked(values: Any, shape: tuple[int, ...]) -> Array:
     if getattr(values, "shape", None) != shape:
         raise TypeError(
             f"from_dense: the initialiser must return an array of shape {shape}, got "

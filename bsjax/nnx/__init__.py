@@ -1,6 +1,8 @@
 """Flax NNX modules: parameters only, the arithmetic is in `bsjax.ops`."""
 
 import bsjax._serialization  # noqa: F401 - registers BlockPattern with flax.serialization
+from bsjax.nnx._conv import BlockConv as BlockConv
+from bsjax.nnx._conv import fold_batch_norm as fold_batch_norm
 from bsjax.nnx._linear import BlockLinear as BlockLinear
 from bsjax.nnx._linear import Pattern as Pattern
 from bsjax.nnx._mlp import BlockMLP as BlockMLP
@@ -13,6 +15,7 @@ from bsjax.nnx._sampled import SampledLinear as SampledLinear
 
 __all__ = [
     "RNN",
+    "BlockConv",
     "BlockLSTMCell",
     "BlockLinear",
     "BlockMLP",
@@ -20,5 +23,6 @@ __all__ = [
     "Pattern",
     "SampledLinear",
     "SmallWorldLSTMCell",
+    "fold_batch_norm",
     "sample_linears",
 ]

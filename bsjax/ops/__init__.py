@@ -3,6 +3,7 @@
 from bsjax.ops._attention import attention as attention
 from bsjax.ops._block_norms import block_norms as block_norms
 from bsjax.ops._choose import Implementation as Implementation
+from bsjax.ops._conv import conv as conv
 from bsjax.ops._products import fromdense as fromdense
 from bsjax.ops._products import glu as glu
 from bsjax.ops._products import matmul as matmul
@@ -22,6 +23,7 @@ __all__ = [
     "Sampler",
     "attention",
     "block_norms",
+    "conv",
     "fromdense",
     "glu",
     "matmul",

@@ -79,26 +79,26 @@ def _run_sddmm(spec: Spec, x: Array, y: Array, p: BlockPattern) -> Array:
 
 
 def _stage_matmul(spec: Spec, transpose: bool, x: Array, values: Array, p: BlockPattern) -> Array:
-    x, values = _one_dtype(spec, x, values)
+    x, values = one_dtype(spec, x, values)
 
     def run(name: str, x: Array, weights: tuple[Array, BlockPattern]) -> Array:
         return _IMPLEMENTATIONS[name].matmul(
             x, *weights, transpose=transpose, precision=spec.precision, out_dtype=spec.out_dtype
         )
 
-    staged = _stage(spec, "matmul", x, p, run)
+    staged = stage(spec, _problem("matmul", x, p), run)
     return _mesh.per_token(staged, x, (values, p))
 
 
 def _stage_sddmm(spec: Spec, x: Array, y: Array, p: BlockPattern) -> Array:
-    x, y = _one_dtype(spec, x, y)
+    x, y = one_dtype(spec, x, y)
 
     def run(name: str, x: Array, y: Array, p: BlockPattern) -> Array:
         return _IMPLEMENTATIONS[name].sddmm(
             x, y, p, precision=spec.precision, out_dtype=spec.out_dtype
         )
 
-    return _mesh.over_tokens(_stage(spec, "sddmm", x, p, run), x, y, p)
+    return _mesh.over_tokens(stage(spec, _problem("sddmm", x, p), run), x, y, p)
 
 
 # outside jit, loops that close over arrays would be compiled again at every call
@@ -106,22 +106,24 @@ _jit_matmul = jax.jit(_stage_matmul, static_argnums=(0, 1))
 _jit_sddmm = jax.jit(_stage_sddmm, static_argnums=0)
 
 
-def _stage(spec: Spec, op: str, x: Array, p: BlockPattern, run: Callable[..., Array]) -> Callable:
-    """`run` with its implementation. The platform is not known while Python traces, so where
-    `auto` depends on it both are staged, and only the one that is needed is lowered."""
-    if spec.name != "auto":
-        return functools.partial(run, spec.name)
-    n = _mesh.tokens(x)
-    if not isinstance(n, int):  # symbolic, in an export: the dense product serves any number
-        return functools.partial(run, "dense")
-    problem = Problem(
+def _problem(op: str, x: Array, p: BlockPattern) -> Problem:
+    return Problem(
         op=op,
-        n=n,
+        n=_mesh.tokens(x),
         grid=p.grid,
         block=p.block,
         capacity=p.capacity,
         dtype=x.dtype,
     )
+
+
+def stage(spec: Spec, problem: Problem, run: Callable[..., Array]) -> Callable:
+    """`run` with its implementation. The platform is not known while Python traces, so where
+    `auto` depends on it both are staged, and only the one that is needed is lowered."""
+    if spec.name != "auto":
+        return functools.partial(run, spec.name)
+    if not isinstance(problem.n, int):  # symbolic, in an export: dense serves any number
+        return functools.partial(run, "dense")
     names = {platform: fastest(problem, platform) for platform in ("cpu", "default")}
     # a program for a GPU that is compiled elsewhere cannot know which it will be
     if jax.default_backend() == "gpu" and _mosaic.why_not(problem) is None:
@@ -200,7 +202,7 @@ def saved(*residuals: Any) -> tuple[Any, ...]:
     return jax.tree.map(lambda a: jnp.copy(a) if isinstance(a, Tracer) else a, residuals)
 
 
-def _one_dtype(spec: Spec, a: Array, b: Array) -> tuple[Array, Array]:
+def one_dtype(spec: Spec, a: Array, b: Array) -> tuple[Array, Array]:
     dtype = spec.operands or _reference.common_dtype(a.dtype, b.dtype)
     return a.astype(dtype), b.astype(dtype)
 

@@ -25,8 +25,8 @@ def scaled(values: Array, gate: Array, p: BlockPattern) -> Array:
     """`gate * values` before rounding. A spare slot may hold anything, NaN too, and the gradient of
     its gate is zero all the same."""
     dtype = _reference.accumulator(values, gate)
-    stored = (p.col < p.grid[1])[:, None, None]
-    return jnp.where(stored, values.astype(dtype), 0) * gate.astype(dtype)[:, None, None]
+    stored, gate = (a.reshape(-1, *[1] * (values.ndim - 1)) for a in (p.col < p.grid[1], gate))
+    return jnp.where(stored, values.astype(dtype), 0) * gate.astype(dtype)
 
 
 def applied(
@@ -35,7 +35,7 @@ def applied(
     """Values and pattern to multiply with, and the probe that takes the gradients of values and
     gate from the cotangent of the sums."""
     x, values, gate, p = _core.same_axes(x, values, gate, p)
-    open_, order = _open(gate, p)
+    open_, order = opened(gate, p)
     product = scaled(values, gate, p)
     probe = _scan.probe(spec, transpose, x, product, p, spec.out_dtype)
     if probe is None:
@@ -43,7 +43,7 @@ def applied(
     return product[order], open_, probe
 
 
-def _open(gate: Array, p: BlockPattern) -> tuple[BlockPattern, Array]:
+def opened(gate: Array, p: BlockPattern) -> tuple[BlockPattern, Array]:
     """The pattern with closed slots as spare ones, and the slots that its own come from."""
     closed = gate == 0
     order = jnp.argsort(closed | (p.col == p.grid[1]), stable=True)
@@ -76,7 +76,7 @@ def _late_bwd(spec, transpose, saved, dsums):
     pair = (dsums, x) if transpose else (x, dsums)
     sums = dataclasses.replace(spec, out_dtype=dtype)
     if wanted is None:
-        open_, order = _open(gate, p)
+        open_, order = opened(gate, p)
         d = _core.sddmm(sums, *pair, open_)[jnp.argsort(order)]
     else:
         d = _core.sddmm(sums, *pair, p)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 def why_not(problem: "Problem") -> str | None:
     """The reason why no kernel can run `problem`, or None if one can."""
+    if problem.taps > 1:
+        return f"there is no kernel for a convolution with {problem.taps} taps"
     if reason := config.why_not(jnp.dtype(problem.dtype).name, problem.block):
         return reason
     if isinstance(problem.n, int) and _steps(problem) > config.MOST_STEPS:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from bsjax.ops import _core, _mesh, _reference
 from bsjax.ops import _validate as validate
 from bsjax.ops._choose import Implementation, refuse
+from bsjax.ops._conv_form import Padding, each, pads
 from bsjax.ops._sampled import Policy, compact
 from bsjax.ops._sampled_core import Cut, Index, Spec, of_features, squares, times
 from bsjax.ops._samplers import SAMPLERS, Sampler
@@ -21,8 +22,6 @@ from bsjax.pattern._validate import size
 
 OP = "sampled_conv"
 IMPLEMENTATIONS = ("auto", "xla", "dense", "reference")
-PADDINGS = ("SAME", "VALID", "SAME_LOWER")
-type Padding = Any  # a name of PADDINGS, a number, or a number or a pair for each axis
 
 
 def sampled_conv(
@@ -99,9 +98,9 @@ def sampled_conv(
     form = Form(
         space,
         tuple(window),
-        _each("strides", strides, axes),
-        _padding(padding, axes),
-        _each("dilation", dilation, axes),
+        each(OP, "strides", strides, axes),
+        pads(OP, padding, axes),
+        each(OP, "dilation", dilation, axes),
     )
     weights = None if key is None else _weights(spec, validate.key(OP, key), x, w, scores)
     if implementation == "reference":
@@ -244,29 +243,3 @@ def _compact(implementation: str, sampler: str, share: float) -> bool:
         refuse(OP, implementation, "there is no kernel for convolutions")
     validate.one_of(OP, "implementation", implementation, IMPLEMENTATIONS)
     return compact(OP, implementation, sampler, share)
-
-
-def _each(name: str, value: Any, axes: int) -> tuple[int, ...]:
-    """A number for each axis of space."""
-    several = value if isinstance(value, tuple | list) else (value,) * axes
-    if len(several) != axes:
-        raise ValueError(
-            f"{OP}: `{name}` must be one number, or one for each of {axes} axes of space, got "
-            f"{value!r}."
-        )
-    return tuple(size(OP, name, one, least=1) for one in several)
-
-
-def _padding(value: Any, axes: int) -> str | tuple[tuple[int, int], ...]:
-    """A name that JAX knows, or a pair for each axis of space."""
-    if isinstance(value, str):
-        validate.one_of(OP, "padding", value, PADDINGS)
-        return value
-    several = value if isinstance(value, tuple | list) else (value,) * axes
-    pairs = [one if isinstance(one, tuple | list) else (one, one) for one in several]
-    if len(pairs) != axes or any(len(pair) != 2 for pair in pairs):
-        raise ValueError(
-            f"{OP}: `padding` must be a name, a number, or for each of {axes} axes of space a "
-            f"number or a pair (before, after), got {value!r}."
-        )
-    return tuple((size(OP, "padding", a), size(OP, "padding", b)) for a, b in pairs)

@@ -83,11 +83,11 @@ def _by_column(x: Array, values: Array, lists: Lists, precision: Any, dtype: Any
         )
 
     def column(j: Any, y: Array) -> Array:
-        total = _zeros((lists.width_out, n), dtype, x, values, lists.ptr)
-        total = _in_pieces(lists.ptr[j], lists.ptr[j + 1], _piece(lists, e), product, total)
+        total = zeros((lists.width_out, n), dtype, x, values, lists.ptr)
+        total = in_pieces(lists.ptr[j], lists.ptr[j + 1], piece_size(lists, e), product, total)
         return lax.dynamic_update_index_in_dim(y, total, j, 0)
 
-    y = _zeros((lists.outputs, lists.width_out, n), dtype, x, values, lists.ptr)
+    y = zeros((lists.outputs, lists.width_out, n), dtype, x, values, lists.ptr)
     if e:
         y = lax.fori_loop(0, lists.outputs, column, y)
     return y.reshape(lists.outputs * lists.width_out, n).T
@@ -120,7 +120,7 @@ def _by_slot(
         )
         return lax.dynamic_update_index_in_dim(out, part.astype(out_dtype), i, 0)
 
-    out = _zeros((e, lists.width_in, lists.width_out), out_dtype, x, y, lists.ptr)
+    out = zeros((e, lists.width_in, lists.width_out), out_dtype, x, y, lists.ptr)
     return lax.fori_loop(0, lists.ptr[-1], product, out) if e else out
 
 
@@ -146,19 +146,19 @@ def _stored_by_column(
             ).astype(out_dtype)
             return lax.dynamic_update_slice_in_dim(out, part, start, 0)
 
-        return _in_pieces(lists.ptr[j], lists.ptr[j + 1], _piece(lists, e), product, out)
+        return in_pieces(lists.ptr[j], lists.ptr[j + 1], piece_size(lists, e), product, out)
 
-    out = _zeros((e, lists.width_in, lists.width_out), out_dtype, x, y, lists.ptr)
+    out = zeros((e, lists.width_in, lists.width_out), out_dtype, x, y, lists.ptr)
     return lax.fori_loop(0, lists.outputs, column, out) if e else out
 
 
-def _piece(lists: Lists, e: int) -> int:
+def piece_size(lists: Lists, e: int) -> int:
     """Stored blocks per product: a power of two, near the features that one product wants."""
     most = max(1, min(INNER // lists.width_in, e // max(1, lists.outputs)))
     return 1 << (most.bit_length() - 1)
 
 
-def _in_pieces(
+def in_pieces(
     start: Any, stop: Any, piece: int, product: Callable[[Any, int, Array], Array], total: Array
 ) -> Array:
     """`product` over slots start..stop: whole pieces, then halves, so that no slot is padded."""
@@ -172,6 +172,6 @@ def _in_pieces(
     return total
 
 
-def _zeros(shape: tuple[int, ...], dtype: Any, *like: Any) -> Array:
+def zeros(shape: tuple[int, ...], dtype: Any, *like: Any) -> Array:
     """Zeros that vary over every mesh axis that one of `like` varies over, as loop carries must."""
     return _mesh.vary(jnp.zeros(shape, dtype), _mesh.varying(*like))

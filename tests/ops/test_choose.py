@@ -46,12 +46,21 @@ def test_odd_blocks_count_by_their_shorter_side(op):
     densities = np.linspace(0, 1, 101)
     for wide, narrow in (((16, 256), 16), ((48, 64), 32), ((200, 300), 128)):
         for density in densities:
-            # so many tokens that what a loop costs by itself does not count
+            # so many tokens and features that nothing but the products counts
             got, want = (
-                fastest(problem(op, n=1 << 24, density=density, block=b), "cpu")
+                fastest(problem(op, n=1 << 24, blocks=128, density=density, block=b), "cpu")
                 for b in (wide, narrow)
             )
             assert got == want
+
+
+def test_narrow_weights_of_many_tokens_are_dense():
+    """As in 1x1 convolutions: what turning x and y around costs, so few products do not repay.
+    Their dvalues need no turning."""
+    for blocks, chosen in ((2, "dense"), (4, "dense"), (16, "xla")):
+        given = {"n": 25088, "blocks": blocks, "density": 0.25, "block": 32}
+        assert fastest(problem("matmul", **given), "cpu") == chosen
+        assert fastest(problem("sddmm", **given), "cpu") == "xla"
 
 
 @pytest.mark.parametrize("op", ["matmul", "sddmm"])
