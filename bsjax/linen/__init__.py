@@ -12,7 +12,6 @@ from bsjax.linen._recurrent import SmallWorldLSTMCell as SmallWorldLSTMCell
 from bsjax.linen._rnn import RNN as RNN
 from bsjax.linen._sampled import SampledLinear as SampledLinear
 
-<<<<<<< HEAD
 __all__ = [
     "RNN",
     "BlockConv",
