@@ -1,0 +1,49 @@
+"""Which blocks attend to which, as the attention kernels walk them: tables, made on the device."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+AHEAD = 4  # tiles of a worker among which the longest come first
+
+
+class Lists(NamedTuple):
+    """Blocks on the other side of each block, those that need no mask first.
+
+    There is one list for all, or one for each head, or for each batch element and head.
+    """
+
+    ptr: Array  # int32 [lists, 2 * blocks + 1]: where full blocks begin, then partial ones, ...
+    other: Array  # int32 [lists, e]: the block on the other side
+
+
+def of_pattern(own: Array, other: Array, partial: Array, grid: tuple[int, int]) -> Lists:
+    """Of coordinates `[lists, e]` in any order, with `grid` (own blocks, other blocks).
+
+    Spare slots have `own` past the end. `partial` says which stored blocks need the mask.
+    """
+    blocks, others = grid
+    key = (2 * jnp.minimum(own, blocks) + partial.astype(jnp.int32)) * others
+    key = jnp.sort(key + jnp.minimum(other, others - 1), axis=-1)
+    kind = key // others
+    each = jnp.arange(2 * blocks + 1, dtype=jnp.int32)
+    before = kind[:, None, :] < each[None, :, None]
+    return Lists(jnp.sum(before, axis=-1, dtype=jnp.int32), key % others)
+
+
+def ordered(steps: Array, workers: int) -> Array:
+    """In which order to work on tiles of so many `steps` `[heads, tiles]`, for workers that take
+    every `workers`-th each: long ones first, but few heads at a time, so that a cache holds their
+    keys and values. Every other round goes backwards: who had the longest has the shortest next.
+    """
+    heads, tiles = steps.shape
+    together = max(1, AHEAD * workers // max(1, tiles))
+    part = jnp.arange(heads, dtype=jnp.int32)[:, None] // together
+    most = jnp.max(steps, initial=0)
+    key = part * (most + 1) + most - steps
+    sorted_ = jnp.argsort(key.reshape(heads * tiles), stable=True).astype(jnp.int32)
+    place = jnp.arange(heads * tiles, dtype=jnp.int32)
+    first = place // workers * workers
+    back = (place // workers % 2 == 1) & (first + workers <= heads * tiles)
+    return sorted_[jnp.where(back, 2 * first + workers - 1 - place, place)]
