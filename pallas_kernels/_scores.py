@@ -11,6 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 LOG2E = math.log2(math.e)
@@ -54,11 +55,11 @@ class Scores:
         return products if self.scale > 0 else products * self.scale
 
     def slope(self, scores: Array) -> Array | float:
-        """Of the scores with respect to the products, less the `scale`; `scores` are those of `of`."""
+        """Of the scores by the products, over the `scale`; `scores` are those of `of`."""
         return 1.0 if self.softcap is None else 1 - scores * scores
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Place:
     """Of a tile of scores, inside a kernel; with `flipped`, keys are rows and queries columns."""
 
@@ -98,8 +99,6 @@ class Place:
 
 def vector(source: Any, start: Any, size: int, axis: int) -> Array:
     """From global memory, as a row (axis 0) or a column of it wants to be added to a tile."""
-    from jax.experimental import pallas as pl
-
     layout = plgpu.Layout.WGMMA.reduce(1 - axis)
     return plgpu.load(source.at[pl.ds(start, size)], layout=layout, optimized=False)
 

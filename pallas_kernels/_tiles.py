@@ -1,7 +1,11 @@
-"""Tiles of tokens of one side, inside the attention kernels: whose they are, and what is common."""
+"""Tiles of tokens of one side, inside the attention kernels: whose they are, and what is common.
 
+A tile stays in shared memory while steps of the other side come and go, led by a list.
+"""
+
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -22,55 +26,119 @@ class Tile(NamedTuple):
     start: Array  # token
 
 
-def walk(
-    order: Any,
-    config: Config,
-    shape: tuple[int, int],
-    body: Callable[[Tile, Array, Array], Array],
-) -> Array:
-    """`turn = body(tile, number, turn)` for the tiles of a program; `shape` is (heads, tokens)."""
-    worker, (heads, tokens) = lax.axis_index("worker"), shape
-    groups, tiles = heads // config.heads, tokens // config.rows
+class Span(NamedTuple):
+    """The steps of a tile by the list of one head: first those that need no mask."""
 
-    def one(i, turn):
-        at = order[worker + i * config.workers]
-        of = lax.div(at, tiles)
-        head, batch = lax.rem(of, groups) * config.heads, lax.div(of, groups)
-        return body(Tile(batch, head, lax.rem(at, tiles) * config.rows), i, turn)
-
-    return lax.fori_loop(0, share(order, config), one, jnp.int32(0))
+    head: Array
+    begin: Array
+    middle: Array
+    end: Array
 
 
-def share(order: Any, config: Config) -> Array:
-    """How many tiles a program has."""
-    worker = lax.axis_index("worker")
-    return lax.div(order.shape[0] - worker + config.workers - 1, config.workers)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Walk:
+    """What all tiles of a program do, and in which order."""
 
-
-class Walk(NamedTuple):
-    """The steps of a tile, by a list: some for each block on the other side."""
-
+    config: Config
+    order: Any
     ptr: Any
     other: Any
-    sides: tuple[int, int]  # of own and other blocks
-    step: int
-    heads: int
+    heads: int  # that have a list
+    shape: tuple[int, int]  # (heads, tokens) of the tiles' side
+    sides: tuple[int, int]  # of blocks on the tiles' side and on the other
 
-    def bounds(self, batch: Any, head: Any, start: Any) -> list[Array]:
-        """Where the steps in full blocks begin, those in partial ones, and where both end."""
-        block, cut = lax.div(start, self.sides[0]), self.sides[1] // self.step
-        here = self.list(batch, head)
-        return [self.ptr[here, 2 * block + i] * cut for i in range(3)]
+    @property
+    def parts(self) -> int:
+        """Of a tile, each for one warpgroup, or for all of them."""
+        return self.config.warpgroups // (1 + self.config.split)
 
-    def token(self, batch: Any, head: Any, s: Any) -> Array:
+    @property
+    def cut(self) -> int:
+        """Steps in a block."""
+        return self.sides[1] // self.config.step
+
+    def share(self) -> Array:
+        """How many tiles a program has."""
+        workers = self.config.workers
+        left = self.order.shape[0] - lax.axis_index("worker")
+        return lax.div(left + workers - 1, workers)
+
+    def tiles(self, body: Callable[[Tile, Array], Array]) -> Array:
+        """`turn = body(tile, turn)` for all of them."""
+        config, (heads, tokens) = self.config, self.shape
+        groups, tiles = heads // config.heads, tokens // config.rows
+
+        def one(i, turn):
+            at = self.order[lax.axis_index("worker") + i * config.workers]
+            of = lax.div(at, tiles)
+            head, batch = lax.rem(of, groups) * config.heads, lax.div(of, groups)
+            return body(Tile(batch, head, lax.rem(at, tiles) * config.rows), turn)
+
+        return lax.fori_loop(0, self.share(), one, jnp.int32(0))
+
+    def part(self, tile: Tile, part: Any) -> tuple[Any, Any]:
+        """Its head and first token."""
+        across = self.parts // self.config.heads
+        return tile.head + lax.div(part, across), tile.start + lax.rem(part, across) * ROWS
+
+    def spans(self, tile: Tile, body: Callable[[Span, Any], Any], state: Any) -> Any:
+        """`state = body(span, state)` for the lists of a tile: of each head that has its keys, if
+        tiles are keys."""
+        block, each = lax.div(tile.start, self.sides[0]), self.heads // self.shape[0]
+
+        def one(i, state):
+            head = tile.head * each + i
+            ends = [self.ptr[self._list(tile, head), 2 * block + i] * self.cut for i in range(3)]
+            return body(Span(head, *ends), state)
+
+        return one(jnp.int32(0), state) if each == 1 else lax.fori_loop(0, each, one, state)
+
+    def token(self, tile: Tile, span: Span, s: Any) -> Array:
         """The first on the other side of a step."""
-        cut = self.sides[1] // self.step
-        block = self.other[self.list(batch, head), lax.div(s, cut)]
-        return block * self.sides[1] + lax.rem(s, cut) * self.step
+        block = self.other[self._list(tile, span.head), lax.div(s, self.cut)]
+        return block * self.sides[1] + lax.rem(s, self.cut) * self.config.step
 
-    def list(self, batch: Any, head: Any) -> Any:
+    def _list(self, tile: Tile, head: Any) -> Any:
         lists = self.ptr.shape[0]
-        return 0 if lists == 1 else head if lists == self.heads else batch * self.heads + head
+        return 0 if lists == 1 else head if lists == self.heads else tile.batch * self.heads + head
+
+    def load(
+        self,
+        residents: Sequence[tuple[Any, Any]],
+        streams: Sequence[tuple[Any, Any, _ring.Ring]],
+        ready: Any,
+        free: Any,
+    ) -> None:
+        """All that the program needs: (source, memory) of what stays, (source, memory, ring) of
+        what comes and goes. Sources are `[n, tokens, heads, d]`."""
+
+        def one(tile: Tile, turn):
+            plgpu.barrier_wait(free)
+            for part in range(self.parts):
+                head, start = self.part(tile, jnp.int32(part))
+                for source, to in residents:
+                    own = source.at[tile.batch, pl.ds(start, ROWS), head]
+                    plgpu.copy_gmem_to_smem(own, to.at[part], ready)
+
+            def along(span: Span, turn):
+                def step(s, turn):
+                    tokens = pl.ds(self.token(tile, span, s), self.config.step)
+                    for source, to, ring in streams:
+                        head = lax.div(span.head, self.heads // source.shape[2])
+                        stage, full = ring.free(turn)
+                        plgpu.copy_gmem_to_smem(
+                            source.at[tile.batch, tokens, head], to.at[stage], full
+                        )
+                    return turn + 1
+
+                return lax.fori_loop(span.begin, span.end, step, turn)
+
+            return self.spans(tile, along, turn)
+
+        turn = self.tiles(one)
+        for _, _, ring in streams:
+            ring.drain(turn)
+        plgpu.barrier_wait(free)
 
 
 def numbers(shape: tuple[int, ...], value: Any) -> Array:
@@ -97,9 +165,8 @@ def product(left: Any, right: Any, meanwhile: Callable[[], None] | None = None) 
     return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
 
 
-def write(sums: Array, staging: Any, out: Callable[[Any], Any]) -> None:
-    """Rounds sums and starts writing them, a slice of columns after the other, to `out(columns)`."""
-    slots = _ring.Slots(staging)
+def write(sums: Array, slots: _ring.Slots, out: Callable[[Any], Any]) -> None:
+    """Rounds sums and starts writing them by slices of columns, to `out(columns)`."""
     width = slots.shape[1]
     for first in range(0, sums.shape[1], width):
         here = out(pl.ds(first, width))
@@ -109,9 +176,9 @@ def write(sums: Array, staging: Any, out: Callable[[Any], Any]) -> None:
         )
 
 
-def memory(rows: int, head: int, dtype: Any, *many: int) -> Any:
+def memory(rows: int, head: int, dtype: Any, many: int) -> Any:
     """Shared memory for tokens of a head."""
-    return _ring.swizzled((*many, rows, head), math.gcd(SLICE, head), dtype)
+    return _ring.swizzled((many, rows, head), math.gcd(SLICE, head), dtype)
 
 
 def staging(config: Config, head: int, dtype: Any) -> Any:

@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _ring, _tiles
 from pallas_kernels._scores import LOG2E, Place, Scores
-from pallas_kernels._tiles import Tile
+from pallas_kernels._tiles import Span, Tile
 from pallas_kernels.attention_config import Config
 from pallas_kernels.attention_lists import Lists
 from pallas_kernels.config import ROWS
@@ -47,7 +47,7 @@ def forward(
     in float32 are logits that only divide. `limits` are int32: lengths `[n]`, segments `[n, q]` and
     `[n, k]`, as far as `scores` names them. `order` is that of the tiles (`attention_lists`).
     """
-    n, length, h, d = q.shape
+    n, length, h, _ = q.shape
     last = () if sinks is None else (sinks,)
     run = plgpu.kernel(
         functools.partial(
@@ -73,49 +73,30 @@ def launched(config: Config) -> dict[str, Any]:
     }
 
 
-def place(tile: Tile, warpgroup: Any, config: Config) -> tuple[Any, Any]:
-    """Head and first query of a warpgroup."""
-    across = config.warpgroups // config.heads
-    return tile.head + lax.div(warpgroup, across), tile.start + lax.rem(warpgroup, across) * ROWS
-
-
 def _forward(q, k, v, ptr, other, order, *rest, config: Config, scores: Scores, block, sinks: bool):
     *rest, out, lse = rest
     limits, sink = (rest[:-1], rest[-1]) if sinks else (rest, None)
     _, length, h, d = q.shape
-    group, step, many = h // k.shape[2], config.step, config.warpgroups
-    steps = _tiles.Walk(ptr, other, block, step, h)
-    each = functools.partial(_tiles.walk, order, config, (h, length))
+    step, many = config.step, config.warpgroups
+    walk = _tiles.Walk(
+        config=config,
+        order=order,
+        ptr=ptr,
+        other=other,
+        heads=h,
+        shape=(h, length),
+        sides=block,
+    )
 
-    def load(q_tile, keys, values, _, barriers, rings):
+    def load(queries, keys, values, _, barriers, rings):
         ready, free, _ = barriers
+        streams = [(k, keys, rings[0]), (v, values, rings[1])]
+        walk.load([(q, queries)], streams, ready, free)
 
-        def one(tile: Tile, number, turn):
-            begin, _, end = steps.bounds(*tile)
-            pl.when(number > 0)(lambda: plgpu.barrier_wait(free))
-            for warpgroup in range(many):
-                head, start = place(tile, jnp.int32(warpgroup), config)
-                own = q.at[tile.batch, pl.ds(start, ROWS), head]
-                plgpu.copy_gmem_to_smem(own, q_tile.at[warpgroup], ready)
-
-            def step_(s, turn):
-                start = steps.token(tile.batch, tile.head, s)
-                here = (tile.batch, pl.ds(start, step), lax.div(tile.head, group))
-                for source, to, ring in zip((k, v), (keys, values), rings, strict=True):
-                    stage, full = ring.free(turn)
-                    plgpu.copy_gmem_to_smem(source.at[here], to.at[stage], full)
-                return turn + 1
-
-            return lax.fori_loop(begin, end, step_, turn)
-
-        turn = each(one)
-        for ring in rings:
-            ring.drain(turn)
-        pl.when(_tiles.share(order, config) > 0)(lambda: plgpu.barrier_wait(free))
-
-    def multiply(q_tile, keys, values, staging, barriers, rings):
+    def multiply(queries, keys, values, staging, barriers, rings):
         warpgroup, (ready, free, turns) = lax.axis_index("warpgroup"), barriers
-        mine, (staging, numbers) = q_tile.at[warpgroup], (one.at[warpgroup] for one in staging)
+        mine, (slots, numbers) = queries.at[warpgroup], (one.at[warpgroup] for one in staging)
+        key_ring, value_ring = rings
 
         def swap():
             """Lets the other warpgroup multiply, once it lets this one."""
@@ -123,25 +104,20 @@ def _forward(q, k, v, ptr, other, order, *rest, config: Config, scores: Scores, 
                 plgpu.barrier_arrive(turns)
                 plgpu.barrier_wait(turns)
 
-        def one(tile: Tile, _, turn):
-            begin, middle, end = steps.bounds(*tile)
-            head, start = place(tile, warpgroup, config)
-            at = Place(
-                spec=scores, batch=tile.batch, head=head, shape=(ROWS, step), limits=tuple(limits)
-            )
-            plgpu.barrier_wait(ready)
+        def along(tile: Tile, span: Span, turn, state):
+            head, start = walk.part(tile, warpgroup)
+            at = Place(scores, tile.batch, head, (ROWS, step), tuple(limits))
 
-            def step_(s, state, partial):
+            def one(s, state, partial):
                 total, most, sums = state
-                now = turn + s - begin
-                key_ring, value_ring = rings
+                now = turn + s - span.begin
                 stage = key_ring.stage(now)
                 plgpu.barrier_wait(key_ring.full.at[stage])
                 own = _tiles.product(mine, keys.at[stage], swap)
                 key_ring.release(now)
                 own = scores.of(own)
                 if partial:
-                    own = at.masked(own, start, steps.token(tile.batch, tile.head, s))
+                    own = at.masked(own, start, walk.token(tile, span, s))
                 before, most = most, lax.max(most, jnp.max(own, axis=1) * scores.factor)
                 weights = jnp.exp2(own * scores.factor - _tiles.rows(most, own.shape))
                 fade = jnp.exp2(before - most)
@@ -154,25 +130,39 @@ def _forward(q, k, v, ptr, other, order, *rest, config: Config, scores: Scores, 
                 value_ring.release(now)
                 return total, most, sums
 
-            # the second one begins half a step later, and ends so: it may hold what the next tile needs
+            full = functools.partial(one, partial=False)
+            state = lax.fori_loop(span.begin, span.middle, full, state)
+            masked = functools.partial(one, partial=scores.masked)
+            return lax.fori_loop(span.middle, span.end, masked, state)
+
+        def tile_(tile: Tile, turn):
+            head, start = walk.part(tile, warpgroup)
+            plgpu.barrier_wait(ready)
+            # half a step after the other; both end together, since the next tile waits for both
             pl.when(warpgroup == 1)(swap)
-            state = (*_begin(sink, head), _tiles.numbers((ROWS, d), 0.0))
-            state = lax.fori_loop(begin, middle, functools.partial(step_, partial=False), state)
-            masked = functools.partial(step_, partial=scores.masked)
-            total, most, sums = lax.fori_loop(middle, end, masked, state)
+
+            def one(span: Span, state):
+                turn, *state = state
+                return turn + span.end - span.begin, *along(tile, span, turn, tuple(state))
+
+            state = (turn, *_begin(sink, head), _tiles.numbers((ROWS, d), 0.0))
+            turn, total, most, sums = walk.spans(tile, one, state)
             pl.when(warpgroup == 0)(swap)
             plgpu.barrier_arrive(free)
             seen = total > 0
             total = jnp.where(seen, total, 1.0)
             sums = sums * _tiles.rows(jnp.where(seen, 1 / total, 0.0), sums.shape)
             here = pl.ds(start, ROWS)
-            _tiles.write(sums, staging, lambda columns: out.at[tile.batch, here, head, columns])
+            _tiles.write(
+                sums, _ring.Slots(slots), lambda columns: out.at[tile.batch, here, head, columns]
+            )
             numbers[...] = jnp.where(seen, (most + jnp.log2(total)) / LOG2E, -math.inf)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(numbers, lse.at[tile.batch, head, here])
-            return turn + end - begin
+            return turn
 
-        each(one)
+        plgpu.barrier_arrive(free)
+        walk.tiles(tile_)
         plgpu.wait_smem_to_gmem(0)
 
     pl.run_scoped(
@@ -181,11 +171,7 @@ def _forward(q, k, v, ptr, other, order, *rest, config: Config, scores: Scores, 
         _tiles.memory(step, d, q.dtype, config.stages),
         _tiles.memory(step, d, q.dtype, config.stages),
         (_tiles.staging(config, d, q.dtype), plgpu.SMEM((many, ROWS), jnp.float32)),
-        (
-            plgpu.Barrier(num_arrivals=many),
-            plgpu.Barrier(num_arrivals=many),
-            plgpu.Barrier(num_arrivals=many),
-        ),
+        tuple(plgpu.Barrier(num_arrivals=many) for _ in range(3)),
         [_ring.ring(config.stages, many, 1) for _ in range(2)],
         collective_axes="warpgroup",
     )
