@@ -130,18 +130,23 @@ def ring(stages: int, warpgroups: int, copies: int, cluster: bool = False) -> Ri
     )
 
 
-def roles(warpgroups: int, load: Callable[[], None], multiply: Callable[[], None]) -> None:
+def roles(
+    warpgroups: int,
+    load: Callable[[], None],
+    multiply: Callable[[], None],
+    registers: tuple[int, int] = (LOADING, MULTIPLYING),
+) -> None:
     """The last warpgroup loads, the others multiply and get its registers."""
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup == warpgroups)
     def _():
-        plgpu.set_max_registers(LOADING, action="decrease")
+        plgpu.set_max_registers(registers[0], action="decrease")
         load()
 
     @pl.when(warpgroup < warpgroups)
     def _():
-        plgpu.set_max_registers(MULTIPLYING, action="increase")
+        plgpu.set_max_registers(registers[1], action="increase")
         multiply()
 
 

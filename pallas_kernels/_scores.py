@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 LOG2E = math.log2(math.e)
+PART = 32  # columns that are masked at a time
 
 type Mask = Callable[[Any, Array, Array], Array]
 
@@ -61,21 +62,26 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Of a tile of scores, inside a kernel; with `flipped`, keys are rows and queries columns."""
+    """Whose scores a tile has, inside a kernel; with `flipped`, keys are rows."""
 
     spec: Scores
     batch: Any
     head: Any
-    shape: tuple[int, int]
     limits: tuple[Any, ...]  # lengths, q_segments, k_segments: as far as there are
     flipped: bool = False
 
-    def masked(self, scores: Array, row: Any, column: Any, fill: float = -math.inf) -> Array:
-        """`scores` of the tile that begins there, and `fill` where they are forbidden."""
-        rows, columns = (
-            plgpu.broadcasted_iota(jnp.int32, self.shape, axis, layout=plgpu.Layout.WGMMA) + start
-            for axis, start in enumerate((row, column))
-        )
+    def masked(self, scores: Array, row: Any, column: Any) -> Array:
+        """`scores` of the tile that begins there, and -inf where they are forbidden."""
+        parts: list[Array] = []
+        for first in range(0, scores.shape[1], PART):
+            part = scores[:, first : first + PART]
+            if parts:  # one after the other, or registers run out
+                parts[-1], part = lax.optimization_barrier((parts[-1], part))
+            parts.append(self._masked(part, row, column + first))
+        return jnp.concatenate(parts, axis=1)
+
+    def _masked(self, scores: Array, row: Any, column: Any) -> Array:
+        rows, columns = _indices(scores.shape, row, column)
         query, key = (columns, rows) if self.flipped else (rows, columns)
         spec, limits, conditions = self.spec, list(self.limits), []
         if spec.mask is not None:
@@ -85,16 +91,34 @@ class Place:
         if spec.lengths:
             conditions.append(key < limits.pop(0)[self.batch])
         if spec.segments:
-            own, other = (limits[1], limits[0]) if self.flipped else limits
-            conditions.append(self._spread(own, row, 0) == self._spread(other, column, 1))
+            ids = reversed(limits) if self.flipped else limits
+            own, other = (
+                lax.broadcast_in_dim(
+                    vector(source.at[self.batch], start, scores.shape[axis], axis),
+                    scores.shape,
+                    (axis,),
+                )
+                for axis, (source, start) in enumerate(zip(ids, (row, column), strict=True))
+            )
+            conditions.append(own == other)
         for condition in conditions:
-            scores = jnp.where(condition, scores, fill)
+            scores = jnp.where(condition, scores, -math.inf)
         return scores
 
-    def _spread(self, ids: Any, start: Any, axis: int) -> Array:
-        """Numbers in memory, one for each row or column."""
-        here = vector(ids.at[self.batch], start, self.shape[axis], axis)
-        return lax.broadcast_in_dim(here, self.shape, (axis,))
+
+def _indices(shape: tuple[int, ...], row: Any, column: Any) -> tuple[Array, Array]:
+    """Of the rows and the columns of a tile that begins there."""
+    few = shape[0], 8
+    rows, columns = (
+        plgpu.broadcasted_iota(jnp.int32, few, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1)
+    )
+    # or they are computed outside of the loop, and held in registers that are not there
+    rows, columns = lax.optimization_barrier((rows, columns))
+    starts = range(0, shape[1], few[1])
+    return (
+        jnp.concatenate([rows + row for _ in starts], axis=1),
+        jnp.concatenate([columns + (column + start) for start in starts], axis=1),
+    )
 
 
 def vector(source: Any, start: Any, size: int, axis: int) -> Array:

@@ -4,6 +4,7 @@ A tile stays in shared memory while steps of the other side come and go, led by 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import _ring
 from pallas_kernels.attention_config import Config
 from pallas_kernels.config import ROWS, SLICE
+
+REGISTERS = 32, 240  # of a thread that loads, and of one that multiplies
 
 
 class Tile(NamedTuple):
@@ -89,9 +92,18 @@ class Walk:
         def one(i, state):
             head = tile.head * each + i
             ends = [self.ptr[self._list(tile, head), 2 * block + i] * self.cut for i in range(3)]
-            return body(Span(head, *ends), state)
+            # or the compiler takes the first step out of the loop, and runs out of registers
+            return body(Span(head, *ends), lax.optimization_barrier(state))
 
-        return one(jnp.int32(0), state) if each == 1 else lax.fori_loop(0, each, one, state)
+        return lax.fori_loop(0, each, one, state) if each > 1 else one(jnp.int32(0), state)
+
+    def steps(self, span: Span, masked: bool, body: Callable[..., Any], state: Any) -> Any:
+        """`state = body(s, state, partial)` for all steps, where partial blocks are `masked`."""
+        full, partial = (functools.partial(body, partial=which) for which in (False, True))
+        if not masked:
+            return lax.fori_loop(span.begin, span.end, full, state)
+        state = lax.fori_loop(span.begin, span.middle, full, state)
+        return lax.fori_loop(span.middle, span.end, partial, state)
 
     def token(self, tile: Tile, span: Span, s: Any) -> Array:
         """The first on the other side of a step."""
@@ -105,12 +117,12 @@ class Walk:
     def load(
         self,
         residents: Sequence[tuple[Any, Any]],
-        streams: Sequence[tuple[Any, Any, _ring.Ring]],
+        streams: Sequence[tuple[Sequence[Any], Sequence[Any], _ring.Ring]],
         ready: Any,
         free: Any,
     ) -> None:
-        """All that the program needs: (source, memory) of what stays, (source, memory, ring) of
-        what comes and goes. Sources are `[n, tokens, heads, d]`."""
+        """All that the program needs: (source, memory) of what stays, (sources, memories, ring) of
+        what comes and goes. Sources are `[n, tokens, heads, d]`, or `[n, heads, tokens]`."""
 
         def one(tile: Tile, turn):
             plgpu.barrier_wait(free)
@@ -123,12 +135,14 @@ class Walk:
             def along(span: Span, turn):
                 def step(s, turn):
                     tokens = pl.ds(self.token(tile, span, s), self.config.step)
-                    for source, to, ring in streams:
-                        head = lax.div(span.head, self.heads // source.shape[2])
+                    for sources, to, ring in streams:
                         stage, full = ring.free(turn)
-                        plgpu.copy_gmem_to_smem(
-                            source.at[tile.batch, tokens, head], to.at[stage], full
-                        )
+                        for source, own in zip(sources, to, strict=True):
+                            here = source.at[tile.batch, span.head]
+                            if len(source.shape) == 4:
+                                head = lax.div(span.head, self.heads // source.shape[2])
+                                here = source.at[tile.batch, :, head]
+                            plgpu.copy_gmem_to_smem(here.at[tokens], own.at[stage], full)
                     return turn + 1
 
                 return lax.fori_loop(span.begin, span.end, step, turn)
@@ -147,9 +161,16 @@ def numbers(shape: tuple[int, ...], value: Any) -> Array:
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
-def rows(vector: Array, shape: tuple[int, ...], axis: int = 0) -> Array:
-    """One for each row (or column, with axis 1), for all of it."""
-    return lax.broadcast_in_dim(vector, shape, (axis,))
+def rows(vector: Array, shape: tuple[int, ...]) -> Array:
+    """One for each row, for all of it."""
+    return lax.broadcast_in_dim(vector, shape, (0,))
+
+
+def columns(source: Any, shape: tuple[int, ...]) -> Array:
+    """One for each column, for all of it, from shared memory that may be overwritten then."""
+    own = plgpu.load(source, layout=plgpu.Layout.WGMMA.reduce(0))
+    plgpu.commit_smem()
+    return lax.broadcast_in_dim(own, shape, (1,))
 
 
 def product(left: Any, right: Any, meanwhile: Callable[[], None] | None = None) -> Array:
@@ -176,9 +197,10 @@ def write(sums: Array, slots: _ring.Slots, out: Callable[[Any], Any]) -> None:
         )
 
 
-def memory(rows: int, head: int, dtype: Any, many: int) -> Any:
-    """Shared memory for tokens of a head."""
-    return _ring.swizzled((many, rows, head), math.gcd(SLICE, head), dtype)
+def memory(config: Config, rows: int, head: int, dtype: Any, many: int) -> Any:
+    """Shared memory for tokens of a head. A product sums over a step by so many at a time as there
+    are columns in a swizzle, and all its operands want the same."""
+    return _ring.swizzled((many, rows, head), math.gcd(SLICE, head, config.step), dtype)
 
 
 def staging(config: Config, head: int, dtype: Any) -> Any:

@@ -90,7 +90,7 @@ def _forward(q, k, v, ptr, other, order, *rest, config: Config, scores: Scores, 
 
     def load(queries, keys, values, _, barriers, rings):
         ready, free, _ = barriers
-        streams = [(k, keys, rings[0]), (v, values, rings[1])]
+        streams = [((k,), (keys,), rings[0]), ((v,), (values,), rings[1])]
         walk.load([(q, queries)], streams, ready, free)
 
     def multiply(queries, keys, values, staging, barriers, rings):
@@ -106,7 +106,7 @@ def _forward(q, k, v, ptr, other, order, *rest, config: Config, scores: Scores, 
 
         def along(tile: Tile, span: Span, turn, state):
             head, start = walk.part(tile, warpgroup)
-            at = Place(scores, tile.batch, head, (ROWS, step), tuple(limits))
+            at = Place(scores, tile.batch, head, tuple(limits))
 
             def one(s, state, partial):
                 total, most, sums = state
@@ -130,10 +130,7 @@ def _forward(q, k, v, ptr, other, order, *rest, config: Config, scores: Scores, 
                 value_ring.release(now)
                 return total, most, sums
 
-            full = functools.partial(one, partial=False)
-            state = lax.fori_loop(span.begin, span.middle, full, state)
-            masked = functools.partial(one, partial=scores.masked)
-            return lax.fori_loop(span.middle, span.end, masked, state)
+            return walk.steps(span, scores.masked, one, state)
 
         def tile_(tile: Tile, turn):
             head, start = walk.part(tile, warpgroup)
@@ -166,10 +163,12 @@ def _forward(q, k, v, ptr, other, order, *rest, config: Config, scores: Scores, 
         plgpu.wait_smem_to_gmem(0)
 
     pl.run_scoped(
-        lambda *scratch: _ring.roles(many, lambda: load(*scratch), lambda: multiply(*scratch)),
-        _tiles.memory(ROWS, d, q.dtype, many),
-        _tiles.memory(step, d, q.dtype, config.stages),
-        _tiles.memory(step, d, q.dtype, config.stages),
+        lambda *scratch: _ring.roles(
+            many, lambda: load(*scratch), lambda: multiply(*scratch), _tiles.REGISTERS
+        ),
+        _tiles.memory(config, ROWS, d, q.dtype, many),
+        _tiles.memory(config, step, d, q.dtype, config.stages),
+        _tiles.memory(config, step, d, q.dtype, config.stages),
         (_tiles.staging(config, d, q.dtype), plgpu.SMEM((many, ROWS), jnp.float32)),
         tuple(plgpu.Barrier(num_arrivals=many) for _ in range(3)),
         [_ring.ring(config.stages, many, 1) for _ in range(2)],

@@ -8,7 +8,9 @@ from pallas_kernels.config import MULTIPROCESSORS, ROWS, SHARED_MEMORY, SLICE
 HEADS = (32, 64, 96, 128, 192, 256)  # sizes
 SIDE = 64  # blocks have a multiple of it, of queries and of keys
 STAGES = 8  # at most
-LARGE = 128  # larger heads leave registers for half a step, or for one of dk and dv
+# What registers hold: smaller than medium, sums and two whole steps; larger than large, sums and
+# half a step, or those of one of dk and dv; the largest, a quarter.
+MEDIUM, LARGE, LARGEST = 96, 128, HEADS[-1]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +65,7 @@ def for_dq(
 ) -> Config:
     """The same for dq, which has q and dy in its tiles."""
     config = _tiled(block[0], shared, workers)
-    step = 128 if head < LARGE and block[1] % 128 == 0 else 64
+    step = 128 if head < MEDIUM and block[1] % 128 == 0 else 64 if head < LARGEST else 32
     return _staged(dataclasses.replace(config, step=step), head, tiles=2)
 
 
@@ -72,7 +74,8 @@ def for_dkv(head: int, block: tuple[int, int], *, workers: int = MULTIPROCESSORS
     config = _tiled(block[1], 1, workers)
     if head > LARGE:
         config = dataclasses.replace(config, warpgroups=2, split=True)
-    return _staged(dataclasses.replace(config, step=64), head, tiles=2)
+    step = 64 if head < LARGEST else 32
+    return _staged(dataclasses.replace(config, step=step), head, tiles=2)
 
 
 def _tiled(side: int, shared: int, workers: int) -> Config:
@@ -100,4 +103,4 @@ def _stages(config: Config, head: int, tiles: int, slots: int) -> int:
     rows = config.warpgroups * ROWS
     resident = 2 * tiles * rows * head // (1 + config.split)
     out = rows * (2 * slots * math.gcd(SLICE, head) + 4)
-    return (SHARED_MEMORY - resident - out) // (4 * config.step * head)
+    return (SHARED_MEMORY - resident - out) // (4 * config.step * (head + 2))

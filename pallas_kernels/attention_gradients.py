@@ -76,25 +76,28 @@ def dkv(
     return run(q, k, v, dy, log2, delta, *lists, order, *limits)
 
 
-def _weights(scores: Scores, at: Place, own: Array, log2: Array, where: Any) -> tuple[Array, Any]:
-    """Of a tile of products, with the slope of its scores; `where` it begins, if it is partial."""
+def _weights(
+    scores: Scores, at: Place, own: Array, log2: Array, where: Any, dtype: Any
+) -> tuple[Array, Array]:
+    """Of a tile of products: rounded, and times the slope of its scores. `where` it begins, if it
+    is partial."""
     own = scores.of(own)
     slope = scores.slope(own)
     if where is not None:
         own = at.masked(own, *where)
-    return jnp.exp2(own * scores.factor - log2), slope
+    weights = jnp.exp2(own * scores.factor - log2)
+    return weights.astype(dtype), weights * slope
 
 
 def _dq(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, scores: Scores, block):
     *limits, out = rest
     _, length, h, d = q.shape
-    step = config.step
     walk = _tiles.Walk(
         config=config, order=order, ptr=ptr, other=other, heads=h, shape=(h, length), sides=block
     )
 
     def load(queries, cotangents, keys, values, _, barriers, rings):
-        streams = [(k, keys, rings[0]), (v, values, rings[1])]
+        streams = [((k,), (keys,), rings[0]), ((v,), (values,), rings[1])]
         walk.load([(q, queries), (dy, cotangents)], streams, *barriers)
 
     def multiply(queries, cotangents, keys, values, slots, barriers, rings):
@@ -104,7 +107,7 @@ def _dq(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, scor
 
         def along(tile: Tile, span: Span, turn, sums):
             head, start = walk.part(tile, warpgroup)
-            at = Place(scores, tile.batch, head, (ROWS, step), tuple(limits))
+            at = Place(scores, tile.batch, head, tuple(limits))
             of_rows = [vector(one.at[tile.batch, head], start, ROWS, 0) for one in (log2, delta)]
 
             def one(s, sums, partial):
@@ -114,19 +117,16 @@ def _dq(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, scor
                 products = _tiles.product(own_q, keys.at[stage])
                 where = (start, walk.token(tile, span, s)) if partial else None
                 log, less = (_tiles.rows(one, products.shape) for one in of_rows)
-                weights, slope = _weights(scores, at, products, log, where)
+                _, weights = _weights(scores, at, products, log, where, q.dtype)
                 plgpu.barrier_wait(value_ring.full.at[stage])
                 gradient = _tiles.product(own_dy, values.at[stage])
                 value_ring.release(now)
-                gradient = (weights * (gradient - less) * slope).astype(q.dtype)
+                gradient = (weights * (gradient - less)).astype(q.dtype)
                 sums = _ring.onto_product(sums, gradient, keys.at[stage])
                 key_ring.release(now)
                 return sums
 
-            full = functools.partial(one, partial=False)
-            sums = lax.fori_loop(span.begin, span.middle, full, sums)
-            masked = functools.partial(one, partial=scores.masked)
-            return lax.fori_loop(span.middle, span.end, masked, sums)
+            return walk.steps(span, scores.masked, one, sums)
 
         def tile_(tile: Tile, turn):
             plgpu.barrier_wait(ready)
@@ -149,13 +149,12 @@ def _dq(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, scor
         walk.tiles(tile_)
         plgpu.wait_smem_to_gmem(0)
 
-    _scoped(load, multiply, walk, q)
+    _scoped(load, multiply, walk, q, numbers=False)
 
 
 def _dkv(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, scores: Scores, block):
     *limits, dk, dv = rest
     _, length, g, d = k.shape
-    step = config.step
     walk = _tiles.Walk(
         config=config,
         order=order,
@@ -167,7 +166,7 @@ def _dkv(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, sco
     )
 
     def load(keys, values, queries, cotangents, _, barriers, rings):
-        streams = [(q, queries, rings[0]), (dy, cotangents, rings[1])]
+        streams = [((q, log2), queries, rings[0]), ((dy, delta), cotangents, rings[1])]
         walk.load([(k, keys), (v, values)], streams, *barriers)
 
     def multiply(keys, values, queries, cotangents, slots, barriers, rings, wants):
@@ -175,43 +174,39 @@ def _dkv(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, sco
         warpgroup, (ready, free) = lax.axis_index("warpgroup"), barriers
         part = lax.rem(warpgroup, walk.parts)
         own_k, own_v = keys.at[part], values.at[part]
-        query_ring, cotangent_ring = rings
+        (queries, logs), (cotangents, deltas), (query_ring, cotangent_ring) = (
+            queries,
+            cotangents,
+            rings,
+        )
 
         def along(tile: Tile, span: Span, turn, sums):
             start = walk.part(tile, part)[1]
-            at = Place(scores, tile.batch, span.head, (ROWS, step), tuple(limits), flipped=True)
+            at = Place(scores, tile.batch, span.head, tuple(limits), flipped=True)
 
             def one(s, sums, partial):
                 sums = dict(zip(wants, sums, strict=True))
                 now, token = turn + s - span.begin, walk.token(tile, span, s)
-                log, less = (
-                    vector(one.at[tile.batch, span.head], token, step, 1) for one in (log2, delta)
-                )
                 stage = query_ring.stage(now)
                 plgpu.barrier_wait(query_ring.full.at[stage])
                 products = _tiles.product(own_k, queries.at[stage])
-                log = _tiles.rows(log, products.shape, 1)
+                log = _tiles.columns(logs.at[stage], products.shape)
                 where = (start, token) if partial else None
-                weights, slope = _weights(scores, at, products, log, where)
+                rounded, weights = _weights(scores, at, products, log, where, q.dtype)
                 plgpu.barrier_wait(cotangent_ring.full.at[stage])
                 if "dv" in sums:
-                    sums["dv"] = _ring.onto_product(
-                        sums["dv"], weights.astype(q.dtype), cotangents.at[stage]
-                    )
+                    sums["dv"] = _ring.onto_product(sums["dv"], rounded, cotangents.at[stage])
                 if "dk" in sums:
-                    gradient = _tiles.product(own_v, cotangents.at[stage])
+                    less = _tiles.columns(deltas.at[stage], products.shape)
+                    gradient = _tiles.product(own_v, cotangents.at[stage]) - less
                 cotangent_ring.release(now)
                 if "dk" in sums:
-                    less = _tiles.rows(less, products.shape, 1)
-                    gradient = (weights * (gradient - less) * slope).astype(q.dtype)
+                    gradient = (weights * gradient).astype(q.dtype)
                     sums["dk"] = _ring.onto_product(sums["dk"], gradient, queries.at[stage])
                 query_ring.release(now)
                 return tuple(sums.values())
 
-            full = functools.partial(one, partial=False)
-            sums = lax.fori_loop(span.begin, span.middle, full, sums)
-            masked = functools.partial(one, partial=scores.masked)
-            return lax.fori_loop(span.middle, span.end, masked, sums)
+            return walk.steps(span, scores.masked, one, sums)
 
         def tile_(tile: Tile, turn):
             plgpu.barrier_wait(ready)
@@ -247,19 +242,25 @@ def _dkv(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, sco
             run = functools.partial(multiply, *scratch, wants=(name,))
             pl.when(lax.axis_index("warpgroup") == warpgroup)(run)
 
-    _scoped(load, each, walk, q)
+    _scoped(load, each, walk, q, numbers=True)
 
 
-def _scoped(load: Any, multiply: Any, walk: _tiles.Walk, like: Any) -> None:
-    """With two tiles that stay and two that come and go."""
+def _scoped(load: Any, multiply: Any, walk: _tiles.Walk, like: Any, numbers: bool) -> None:
+    """With two tiles that stay and two that come and go, perhaps with a number for each token."""
     config, d, dtype = walk.config, like.shape[3], like.dtype
+    streams: Any = [_tiles.memory(config, config.step, d, dtype, config.stages)] * 2
+    if numbers:
+        shape = (config.stages, config.step)
+        streams = [(one, plgpu.SMEM(shape, jnp.float32)) for one in streams]
     many = config.warpgroups
     pl.run_scoped(
-        lambda *scratch: _ring.roles(many, lambda: load(*scratch), lambda: multiply(*scratch)),
-        *[_tiles.memory(ROWS, d, dtype, walk.parts)] * 2,
-        *[_tiles.memory(config.step, d, dtype, config.stages)] * 2,
+        lambda *scratch: _ring.roles(
+            many, lambda: load(*scratch), lambda: multiply(*scratch), _tiles.REGISTERS
+        ),
+        *[_tiles.memory(config, ROWS, d, dtype, walk.parts)] * 2,
+        *streams,
         _tiles.staging(config, d, dtype),
         (plgpu.Barrier(num_arrivals=2 * walk.parts), plgpu.Barrier(num_arrivals=many)),
-        [_ring.ring(config.stages, many, 1) for _ in range(2)],
+        [_ring.ring(config.stages, many, 1 + numbers) for _ in range(2)],
         collective_axes="warpgroup",
     )
