@@ -8,7 +8,9 @@ name, since `import bsjax` itself needs only jax, numpy and jaxtyping.
 """
 
 from bsjax import inits as inits
+from bsjax import masks as masks
 from bsjax import patterns as patterns
+from bsjax.ops import attention as attention
 from bsjax.ops import block_norms as block_norms
 from bsjax.ops import fromdense as fromdense
 from bsjax.ops import glu as glu
@@ -19,17 +21,20 @@ from bsjax.ops import sampled_matmul as sampled_matmul
 from bsjax.ops import scan as scan
 from bsjax.ops import sddmm as sddmm
 from bsjax.ops import todense as todense
+from bsjax.ops import top_blocks as top_blocks
 from bsjax.pattern import BlockPattern as BlockPattern
 from bsjax.pattern import check as check
 from bsjax.pattern import partition as partition
 
 __all__ = [
     "BlockPattern",
+    "attention",
     "block_norms",
     "check",
     "fromdense",
     "glu",
     "inits",
+    "masks",
     "matmul",
     "partition",
     "patterns",
@@ -39,4 +44,5 @@ __all__ = [
     "scan",
     "sddmm",
     "todense",
+    "top_blocks",
 ]

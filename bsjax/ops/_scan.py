@@ -22,6 +22,7 @@ from jaxtyping import Array
 
 from bsjax.ops import _core, _mesh
 from bsjax.ops import _validate as validate
+from bsjax.ops._hoist import hoisted
 from bsjax.pattern import BlockPattern
 
 
@@ -86,7 +87,7 @@ def scan(
     def probes() -> dict[int, Array]:
         return {i: product.form.probe(time) for i, product in shared.items()}
 
-    steps, known = _hoisted(lambda *args: loop(probed, *args), init, (xs, probes()))
+    steps, known = hoisted(lambda *args: loop(probed, *args), init, (xs, probes()))
     # what is closed over, each once: known by identity, since every function closes over the same
     consts = {id(c): c for c in [*known, *(c for p in shared.values() for c in p.sources)]}
     at = {key: i for i, key in enumerate(consts)}
@@ -214,7 +215,7 @@ def _find(f: Callable[[Any, Any], Any], carry: Any, x: Any) -> tuple[Any, list[_
         forms[:] = [call.form for call in calls]
         return out, [(call.values, call.p.row, call.p.col) for call in calls]
 
-    step, consts = _hoisted(operands, carry, x)
+    step, consts = hoisted(operands, carry, x)
     results = len(step.jaxpr.outvars) - 3 * len(forms)
 
     def product(i: int, form: _Form) -> _Product:
@@ -228,20 +229,3 @@ def _find(f: Callable[[Any, Any], Any], carry: Any, x: Any) -> tuple[Any, list[_
         return _Product(form, program, [] if sequential or not asked else sources)
 
     return step(consts, carry, x)[0], [product(i, form) for i, form in enumerate(forms)]
-
-
-class _Hoisted(NamedTuple):
-    """A function of what it closed over, and of its arguments. Holds no tracer."""
-
-    jaxpr: Any
-    tree: Any
-
-    def __call__(self, consts: list[Any], *args: Any) -> Any:
-        return self.tree.unflatten(eval_jaxpr(self.jaxpr, (), *consts, *jax.tree.leaves(args)))
-
-
-def _hoisted(f: Callable[..., Any], *args: Any) -> tuple[_Hoisted, list[Any]]:
-    """`g` and `consts`, with `g(consts, *args)` for `f(*args)`."""
-    closed, shape = jax.make_jaxpr(f, return_shape=True)(*args)
-    jaxpr = partial_eval.convert_constvars_jaxpr(closed.jaxpr)
-    return _Hoisted(jaxpr, jax.tree.structure(shape)), closed.consts

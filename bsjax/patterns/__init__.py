@@ -4,6 +4,7 @@ A mask is a plain numpy array (r, c), so masks compose with `&`, `|`, `~` and be
 `BlockPattern.from_mask(mask, block=64)`. The same arguments and seed give the same mask.
 """
 
+from bsjax.patterns._attention import bigbird
 from bsjax.patterns._diagnostics import (
     DegreeBalance,
     Degrees,
@@ -39,6 +40,7 @@ __all__ = [
     "balanced",
     "banded",
     "barabasi_albert",
+    "bigbird",
     "block_diagonal",
     "butterfly",
     "clustering",
