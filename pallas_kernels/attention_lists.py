@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-AHEAD = 4  # tiles of a worker among which the longest come first
+AHEAD = 4  # so many tiles for each worker are sorted by their length
 
 
 class Lists(NamedTuple):
@@ -37,13 +37,11 @@ def ordered(steps: Array, workers: int) -> Array:
     every `workers`-th each: long ones first, but few heads at a time, so that a cache holds their
     keys and values. Every other round goes backwards: who had the longest has the shortest next.
     """
-    heads, tiles = steps.shape
-    together = max(1, AHEAD * workers // max(1, tiles))
-    part = jnp.arange(heads, dtype=jnp.int32)[:, None] // together
+    count = steps.size
+    place = jnp.arange(count, dtype=jnp.int32)
     most = jnp.max(steps, initial=0)
-    key = part * (most + 1) + most - steps
-    sorted_ = jnp.argsort(key.reshape(heads * tiles), stable=True).astype(jnp.int32)
-    place = jnp.arange(heads * tiles, dtype=jnp.int32)
+    key = place // (AHEAD * workers) * (most + 1) + most - steps.reshape(count)
+    sorted_ = jnp.argsort(key, stable=True).astype(jnp.int32)
     first = place // workers * workers
-    back = (place // workers % 2 == 1) & (first + workers <= heads * tiles)
+    back = (place // workers % 2 == 1) & (first + workers <= count)
     return sorted_[jnp.where(back, 2 * first + workers - 1 - place, place)]
