@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-PAGES = ("products", "sampling", "modules", "kernels")
+PAGES = ("products", "sampling", "modules", "kernels", "attention")
 
 
 @pytest.mark.parametrize("name", ["README.md", *(f"docs/{page}.md" for page in PAGES)])

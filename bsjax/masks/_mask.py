@@ -69,8 +69,8 @@ class Mask:
         """`(some, full)`, bool `[r, c]`: where the mask may hold somewhere, and holds everywhere.
 
         `lengths` are the numbers of queries and of keys, `block` is `b` or `(br, bc)`, and the grid
-        is `(ceil(q / br), ceil(s / bc))`. With one mask per head both are `[h, r, c]`. NumPy arrays,
-        unless the mask was made from a traced array.
+        is `(ceil(q / br), ceil(s / bc))`. With one mask per head both are `[h, r, c]`. They are
+        NumPy arrays, unless the mask was made from a traced one.
         """
         (q, s), (br, bc) = (
             pair("Mask.blocks", "lengths", lengths, least=0),
@@ -119,7 +119,7 @@ class Mask:
 
 def _flags(full: Any, p: BlockPattern) -> Array:
     """`full[..., r, c]` of every slot; False for a spare one."""
-    (r, c), (row, col) = p.grid, (p.row, p.col)
+    row, col = p.row, p.col
     head = () if row.ndim == 1 else (np.arange(row.shape[0])[:, None],)
     if not is_concrete(full, row, col):
         full = jnp.asarray(full)

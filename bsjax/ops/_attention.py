@@ -43,13 +43,13 @@ def attention(
     `(ceil(q / br), ceil(s / bc))`; lengths need not be multiples. One pattern for all heads has
     leaves `[e]`; one for each head `[h, e]`; one for each batch element and head `[..., h, e]`.
 
-    `score(x) = softcap * tanh(scale * x / softcap) + bias`, by default `x / sqrt(d)`, and -inf where
-    a key is not seen. A query that sees no key gives zeros, and gets a zero gradient.
+    `score(x) = softcap * tanh(scale * x / softcap) + bias`, by default `x / sqrt(d)`, and -inf
+    where a key is not seen. A query that sees no key gives zeros, and gets a zero gradient.
 
-    * `mask`: which keys of its stored blocks a query sees. A function `mask(head, q_index, k_index)`
-      that returns bool, on index arrays `[]`, `[br, 1]` and `[1, bc]` (`bsjax.masks` has those that
-      have a name); or a bool array that broadcasts to `[..., h, e, br, bc]`, a block for each slot; or
-      a tuple of these, all of which must hold.
+    * `mask`: which keys of its stored blocks a query sees. A function
+      `mask(head, q_index, k_index)` of index arrays `[]`, `[br, 1]` and `[1, bc]` that returns bool
+      (`bsjax.masks` has those with a name); or a bool array that broadcasts to
+      `[..., h, e, br, bc]`, a block for each slot; or a tuple of these, all of which must hold.
     * `full[e]`: slots in which the mask is known to hold everywhere, where it is not evaluated
       (`bsjax.masks` tells them).
     * `bias`: a function of the same indices, which may close over parameters, or an array that
@@ -61,11 +61,11 @@ def attention(
     * `dropout_rate`, `key`: each probability is dropped with this chance, and the others are scaled
       up. The gradient drops the same ones.
 
-    Softmax and sums are kept in float32 (float64 for float64); the result has the dtype of q, rounded
-    once. Scores are computed again, block by block, in the backward pass: no array over all queries
-    and keys exists, and what is kept beside the operands is the result and a number per query.
-    Reverse mode only, and once: for second derivatives take implementation="reference", which
-    is dense.
+    Softmax and sums are kept in float32 (float64 for float64); the result has the dtype of q,
+    rounded once. Scores are computed again, block by block, in the backward pass: no array over all
+    queries and keys exists, and what is kept beside the operands is the result, before it is
+    rounded, and a number per query. (For few queries and keys, `auto` may take "dense".) Reverse
+    mode only, and once: for second derivatives take implementation="reference", which is dense.
 
     Differentiable in q, k, v, bias, what a function `bias` closes over, and sinks. Masks and
     patterns are data: others of equal shapes and capacity compile nothing (inside `jit`).
@@ -102,11 +102,12 @@ def attention(
     )
     check(spec)
     x = Operands(
-        args.blocks_of(q, 3, p.block[0]),
-        *(args.blocks_of(a, 3, p.block[1]) for a in (k, v)),
-        bias,
-        floats,
-        None if sinks is None else validate.sinks(sinks, h),
+        q=args.blocks_of(q, 3, p.block[0]),
+        k=args.blocks_of(k, 3, p.block[1]),
+        v=args.blocks_of(v, 3, p.block[1]),
+        bias=bias,
+        bias_consts=floats,
+        sinks=None if sinks is None else validate.sinks(sinks, h),
     )
     out = core.attention(spec, x, fixed)
     return out[:, :length].reshape(*lead, length, h, v.shape[-1])

@@ -38,20 +38,20 @@ def fixed(
                 "for each slot of the pattern."
             )
         full = jnp.broadcast_to(full, p.row.shape).reshape(*own, e)
-    segments = [None, None]
+    q_segments = kv_segments = None
     if q_ids is not None or kv_ids is not None:
-        both = {"q_segment_ids": (q_ids, length), "kv_segment_ids": (kv_ids, s)}
-        for i, (name, (ids, size)) in enumerate(both.items()):
-            if ids is None:
-                raise ValueError(
-                    f"attention: `{name}` is missing: give the segments of both sides."
-                )
-            ids = validate.whole(name, ids, tuple(lead), (size,))
-            segments[i] = blocks_of(ids, 1, p.block[i])
+        q_segments = _segments("q_segment_ids", q_ids, tuple(lead), length, p.block[0])
+        kv_segments = _segments("kv_segment_ids", kv_ids, tuple(lead), s, p.block[1])
     if kv_lengths is not None:
         kv_lengths = validate.whole("kv_lengths", kv_lengths, tuple(lead), ())
     row, col = p.row.reshape(*own, e), p.col.reshape(*own, e)
-    return Fixed(row, col, full, [], [], [], *segments, kv_lengths, None, None)
+    return Fixed(row, col, full, [], [], [], q_segments, kv_segments, kv_lengths, None, None)
+
+
+def _segments(name: str, ids: Any, lead: tuple[int, ...], size: int, block: int) -> Array:
+    if ids is None:
+        raise ValueError(f"attention: `{name}` is missing: give the segments of both sides.")
+    return blocks_of(validate.whole(name, ids, lead, (size,)), 1, block)
 
 
 def masks(
@@ -87,7 +87,7 @@ def bias_of(
 
 
 def _traced(name: str, f: Callable[..., Any], p: BlockPattern) -> tuple[Hoisted, list[Any]]:
-    """A function of a head, queries `[br, 1]` and keys `[1, bc]` as a program, and its constants."""
+    """A function of a head, queries and keys as a program, and what it closes over."""
     br, bc = p.block
     at = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((), (br, 1), (1, bc))]
     program, consts = hoisted(lambda *at: jnp.asarray(f(*at)), *at)

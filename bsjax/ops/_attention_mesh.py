@@ -1,4 +1,4 @@
-"""Attention on a mesh: every device its own batch elements, and the gradients that all share summed.
+"""Attention on a mesh: every device has its own batch elements, what all share is summed.
 
 Left to itself XLA gathers all queries and keys on every device, because loops read them by index.
 Heads are not kept apart: shard them with `jax.shard_map`.
@@ -101,9 +101,16 @@ def _own(x: Operands, p: Fixed) -> tuple[Any, Any]:
 
     differentiated = all_of(x, False)._replace(q=True, k=True, v=True, bias=per_slot(x.bias))
     kept = Fixed(
-        *(per_slot(a) for a in (p.row, p.col, p.full, p.masks)),
-        *(all_of(a, False) for a in (p.mask_consts, p.bias_consts)),
-        *(all_of(a, True) for a in (p.q_segments, p.kv_segments, p.kv_lengths, p.element)),
-        all_of(p.key, False),
+        row=per_slot(p.row),
+        col=per_slot(p.col),
+        full=per_slot(p.full),
+        masks=per_slot(p.masks),
+        mask_consts=all_of(p.mask_consts, False),
+        bias_consts=all_of(p.bias_consts, False),
+        q_segments=all_of(p.q_segments, True),
+        kv_segments=all_of(p.kv_segments, True),
+        kv_lengths=all_of(p.kv_lengths, True),
+        element=all_of(p.element, True),
+        key=all_of(p.key, False),
     )
     return differentiated, kept

@@ -159,8 +159,8 @@ def key(value: Any) -> jax.Array:
     """The key of a dropout."""
     if value is None:
         raise ValueError(
-            f"{OP}: `dropout_rate` is over 0, which needs a `key`: pass jax.random.key(seed), split "
-            "for every call, or dropout_rate=0.0 outside training."
+            f"{OP}: `dropout_rate` is over 0, which needs a `key`: pass jax.random.key(seed), "
+            "split for every call, or dropout_rate=0.0 outside training."
         )
     return validate.key(OP, value)
 

@@ -1,0 +1,194 @@
+"""Measures attention beside the dense one. A wrong result has no speed: it is checked first."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import bsjax
+from benchmarks._timing import race, spread
+from bsjax import masks
+
+type Record = dict[str, Any]
+
+WHAT = ("forward", "forward and backward")
+GOAL = 0.25  # of dense time, in the case that GOAL_CASE names
+GOAL_CASE = {"tokens": 4096, "head_dim": 64, "dtype": "float32", "sparsity": 0.9}
+MOST_SCORES = 2**29  # of the dense peer: more do not fit the memory of a laptop
+CHECKED = 32  # queries that are compared
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Case:
+    """One attention."""
+
+    tokens: int
+    heads: int
+    head_dim: int
+    block: int
+    dtype: str
+    pattern: str
+    sparsity: float
+    implementation: str
+
+
+class Made(NamedTuple):
+    """Blocks, flags of full ones, an element mask if there is one, and whether it is causal."""
+
+    p: bsjax.BlockPattern
+    full: Any
+    mask: Any
+    causal: bool
+
+
+def _random(case: Case, seed: int) -> Made:
+    side = -(-case.tokens // case.block)
+    mask = bsjax.patterns.random((side, side), 1 - case.sparsity, seed=seed)
+    return Made(bsjax.BlockPattern.from_mask(mask, case.block), None, None, False)
+
+
+def _window(case: Case, seed: int) -> Made:
+    """A causal window that stores about the share that is asked for."""
+    side = -(-case.tokens // case.block)
+    blocks = np.arange(1, side + 1)  # stored on average, of a band so many blocks wide
+    stored = (blocks * side - blocks * (blocks - 1) / 2) / side**2
+    width = int(blocks[np.abs(stored - (1 - case.sparsity)).argmin()]) - 1
+    mask = masks.causal() & masks.window(width * case.block)
+    p, full = mask.pattern((case.tokens, case.tokens), case.block)
+    return Made(p, full, mask, True)
+
+
+PATTERNS = {"random": _random, "window": _window}
+
+
+def measure(
+    case: Case, what: Sequence[str], seed: int, rounds: int | None, budget: float
+) -> Iterator[Record]:
+    """A record for the forward pass, and one with the gradients."""
+    made = PATTERNS[case.pattern](case, seed)
+    about = dataclasses.asdict(case) | {
+        "stored": made.p.density,
+        "goal": GOAL if all(getattr(case, k) == v for k, v in GOAL_CASE.items()) else None,
+        "refused": None,
+        "skipped": None,
+    }
+    if case.heads * case.tokens**2 > MOST_SCORES:
+        about["skipped"] = "dense attention would need too much memory"
+    rng = np.random.default_rng(seed)
+    shape = (1, case.tokens, case.heads, case.head_dim)
+    args = tuple(jnp.asarray(rng.normal(size=shape)).astype(case.dtype) for _ in range(4))
+
+    def ours(q: Any, k: Any, v: Any, p: Any, full: Any) -> Any:
+        name: Any = case.implementation
+        return bsjax.attention(q, k, v, p, mask=made.mask, full=full, implementation=name)
+
+    def dense(q: Any, k: Any, v: Any) -> Any:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=made.causal)
+
+    pairs = {
+        "forward": (jax.jit(ours), jax.jit(dense)),
+        "forward and backward": (_with_gradients(ours), _with_gradients(dense)),
+    }
+    try:
+        if not about["skipped"]:
+            about["refused"] = wrong(made, pairs["forward and backward"][0], args, seed)
+    except ValueError as error:
+        if "cannot run here" not in str(error):
+            raise
+        about["skipped"] = str(error)
+    for name in what:
+        record = about | {"what": name}
+        if not (record["refused"] or record["skipped"]):
+            given = args if name != "forward" else args[:3]
+            run, peer = pairs[name]
+            record |= _timed(run, peer, given, made, rounds, budget)
+            record["met"] = record["goal"] and record["ratio"] <= record["goal"]
+        yield record
+
+
+def _with_gradients(f: Callable[..., Any]) -> Callable[..., Any]:
+    def run(q: Any, k: Any, v: Any, dout: Any, *rest: Any) -> Any:
+        out, pull = jax.vjp(lambda q, k, v: f(q, k, v, *rest), q, k, v)
+        return out, *pull(dout)
+
+    return jax.jit(run)
+
+
+def _timed(
+    ours: Any, dense: Any, args: Any, made: Made, rounds: int | None, budget: float
+) -> Record:
+    runs = {
+        "ours": lambda i: ours(*args, made.p, made.full),
+        "dense": lambda i: dense(*args),
+    }
+    times = race(runs, rounds=rounds, budget=budget)
+    ratio = spread(times["ours"] / times["dense"])
+    return {
+        "ms": 1e3 * spread(times["ours"]).median,
+        "dense_ms": 1e3 * spread(times["dense"]).median,
+        "ratio": ratio.median,
+        "ratio_low": ratio.low,
+        "ratio_high": ratio.high,
+        "rounds": len(times["ours"]),
+    }
+
+
+def wrong(made: Made, run: Callable[..., Any], args: Any, seed: int) -> str | None:
+    """What is wrong with a result or a gradient, by dense attention of a few queries: the cotangent
+    of all others is zero."""
+    q, k, v, dout = args
+    tokens, (br, bc) = q.shape[1], made.p.block
+    rows = np.sort(np.random.default_rng(seed).choice(tokens, min(CHECKED, tokens), replace=False))
+    only = jnp.zeros(tokens, q.dtype).at[rows].set(1)
+    got = run(q, k, v, dout * only[None, :, None, None], made.p, made.full)
+    seen = np.repeat(np.asarray(made.p.mask())[rows // br], bc, 1)[:, :tokens]
+    if made.mask is not None:
+        seen = seen & np.asarray(made.mask(0, rows[:, None], np.arange(tokens)[None]))
+    some = jnp.asarray(seen.any(1))[None, :, None, None]  # a query without keys gives zeros
+
+    def few(q: Any, k: Any, v: Any) -> Any:
+        out = jax.nn.dot_product_attention(q, k, v, mask=jnp.asarray(seen)[None, None])
+        return jnp.where(some, out, 0)
+
+    q, k, v, dout = (a.astype(jnp.float32) for a in args)
+    with jax.default_matmul_precision("highest"):
+        want, pull = jax.vjp(few, q[:, rows], k, v)
+        want = want, *pull(dout[:, rows])
+    # a score sums d products, its gradient twice as many, and a row as many as it sees
+    terms = 3 * q.shape[3] + int(seen.sum(1).max())
+    eps, eps32 = (float(jnp.finfo(d).eps) for d in (args[0].dtype, jnp.float32))
+    for name, a, b in zip(("y", "dq", "dk", "dv"), got, want, strict=True):
+        a = np.asarray(a[:, rows] if name in ("y", "dq") else a).astype(np.float32)
+        error = np.abs(a - np.asarray(b)) - eps / 2 * np.abs(np.asarray(b))
+        if not error.max() <= 4 * eps32 * terms:
+            return f"{name} is off by {error.max():.2g}"
+    return None
+
+
+def line(one: Record) -> str:
+    """A record for people."""
+    where = f"{one['tokens']} tokens {one['pattern']} b={one['block']} {one['stored']:.3f}"
+    where += "" if one["dtype"] == "float32" else f" {one['dtype']}"
+    text = f"{where} {one['implementation']} {one['what']}: "
+    if one["refused"]:
+        return f"{text}WRONG, not timed: {one['refused']}"
+    if one["skipped"]:
+        return f"{text}skipped ({one['skipped']})"
+    return (
+        f"{text}{1 / one['ratio']:.1f}x ({1 / one['ratio_high']:.1f}-{1 / one['ratio_low']:.1f}) "
+        f"as fast as dense, {one['ms']:.1f} ms"
+    )
+
+
+def summary(records: Sequence[Record]) -> Iterator[str]:
+    """Goals, and where dense was faster."""
+    wanted = [one for one in records if one.get("met") is not None]
+    if wanted:
+        met = sum(bool(one["met"]) for one in wanted)
+        yield f"goals ({1 / GOAL:.0f} times as fast as dense) met: {met} of {len(wanted)}"
+        yield from (f"  missed: {line(one)}" for one in wanted if not one["met"])
+    slow = [one for one in records if one.get("ratio", 0) > 1]
+    yield from (f"slower than dense: {line(one)}" for one in slow)

@@ -1,0 +1,135 @@
+"""Key blocks chosen at run time; and the past does not see the future, bitwise."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bsjax
+from bsjax import masks
+from tests.helpers import assert_raises, normal
+
+N, S, H, G, D = 2, 45, 4, 2, 8
+
+
+def inputs(s=S):
+    rng = np.random.default_rng(0)
+    return [normal(rng, (N, s, heads, D)) for heads in (H, G, G)]
+
+
+def choices(q, k, block, count, causal):
+    """`[n, h, q, c]`: what each query chooses, query by query."""
+    q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
+    c = -(-k.shape[1] // block)
+    chosen = np.zeros((N, H, q.shape[1], c), bool)
+    for n, h, t in np.ndindex(chosen.shape[:3]):
+        blocks = [k[n, j * block : (j + 1) * block, h * G // H].mean(0) for j in range(c)]
+        score = np.array(blocks) @ q[n, t, h]
+        if causal:
+            score[t // block] = np.inf
+            score = score[: t // block + 1]
+        chosen[n, h, t, np.argsort(-score)[:count]] = True
+    return chosen
+
+
+@pytest.mark.parametrize(("causal", "block"), [(True, (8, 4)), (False, (4, 16))])
+def test_choices(causal, block):
+    q, k, v = inputs()
+    p, chosen = jax.jit(lambda q, k: bsjax.top_blocks(q, k, block=block, count=3, causal=causal))(
+        q, k
+    )
+    want = choices(q, k, block[1], 3, causal)
+    r = -(-S // block[0])
+    padded = np.pad(want, ((0, 0), (0, 0), (0, r * block[0] - S), (0, 0)))
+    joined = padded.reshape(N, H, r, block[0], -1)
+    np.testing.assert_array_equal(p.mask(), joined.any(3))
+    for n, h in np.ndindex(N, H):
+        for slot in range(int(p.nnz[n, h])):
+            row, col = int(p.row[n, h, slot]), int(p.col[n, h, slot])
+            np.testing.assert_array_equal(chosen[n, h, slot, :, 0], joined[n, h, row, :, col])
+    if causal:
+        bsjax.check(p)
+        seen = np.repeat(want, block[1], -1)[..., :S] & np.tri(S, dtype=bool)
+        got = bsjax.attention(q, k, v, p, mask=(chosen, masks.causal()), implementation="xla")
+        with jax.default_matmul_precision("highest"):
+            dense = jax.nn.dot_product_attention(q, k, v, mask=seen)
+        np.testing.assert_allclose(got, dense, atol=1e-5)
+
+
+def attentions():
+    static = masks.causal() & (masks.window(5) | masks.prefix(3))
+    p, full = static.pattern((S, S), (8, 4))
+
+    def by_mask(q, k, v):
+        return bsjax.attention(q, k, v, p, mask=static, full=full, implementation="xla")
+
+    def at_run_time(q, k, v):
+        p, chosen = bsjax.top_blocks(q, k, block=(8, 4), count=3)
+        mask = (chosen, masks.causal())
+        return bsjax.attention(q, k, v, p, mask=mask, implementation="xla")
+
+    return {"static": by_mask, "run time": at_run_time}
+
+
+@pytest.mark.parametrize("which", ["static", "run time"])
+def test_the_past_does_not_see_the_future(which):
+    f = jax.jit(attentions()[which])
+    q, k, v = inputs()
+    before = np.asarray(f(q, k, v))
+    changed = 0
+    for t in range(0, S, 3):
+        new = [a.at[:, t].add(3.0) for a in (q, k, v)]
+        after = np.asarray(f(*new))
+        np.testing.assert_array_equal(after[:, :t], before[:, :t])
+        assert (after[:, t] != before[:, t]).all()
+        changed += (after[:, t + 1 :] != before[:, t + 1 :]).any()
+    assert changed > 10
+
+
+def test_choices_have_no_gradient():
+    q, k, v = inputs()
+    p, chosen = bsjax.top_blocks(q, k, block=(8, 4), count=3)
+    f = attentions()["run time"]
+
+    def fixed(q, k, v):
+        return bsjax.attention(q, k, v, p, mask=(chosen, masks.causal()), implementation="xla")
+
+    dout = normal(np.random.default_rng(1), q.shape)
+    for a, b in zip(*(jax.vjp(one, q, k, v)[1](dout) for one in (f, fixed)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_capacity():
+    q, k, _ = inputs()
+    whole, _ = bsjax.top_blocks(q, k, block=(8, 4), count=12)
+    np.testing.assert_array_equal(
+        whole.mask(), np.broadcast_to(masks.causal().blocks((S, S), (8, 4))[0], (N, H, 6, 12))
+    )
+    p, chosen = bsjax.top_blocks(q, k, block=(8, 4), count=3, capacity=60)
+    assert p.row.shape == (N, H, 60)
+    assert chosen.shape == (N, H, 60, 8, 1)
+    p, _ = bsjax.top_blocks(q, k, block=(8, 4), count=3, capacity=2)
+    assert not np.asarray(p.nnz).any()
+    with pytest.raises(ValueError, match="outside the grid"):
+        bsjax.check(p)
+
+
+def test_messages():
+    q, k, _ = inputs()
+    assert_raises(
+        lambda: bsjax.top_blocks(q, k[:, :20], block=4, count=2),
+        ValueError,
+        "top_blocks: 45 queries and 20 keys: with `causal` a query is at the position of a key, so "
+        "there must be as many keys: give causal=False for cross-attention.",
+    )
+    assert_raises(
+        lambda: bsjax.top_blocks(q, k, block=4, count=0),
+        ValueError,
+        "top_blocks: `count` must be at least 1, got 0.",
+    )
+    assert_raises(
+        lambda: bsjax.top_blocks(q.astype(jnp.int32), k, block=4, count=1),
+        TypeError,
+        "top_blocks: `q` must be floating point (float32, bfloat16, float16 or float64), got "
+        "int32: cast it first, for example `q.astype(jnp.float32)`.",
+    )
