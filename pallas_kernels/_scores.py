@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 LOG2E = math.log2(math.e)
 PART = 32  # columns that are masked at a time
 
-type Mask = Callable[[Any, Array, Array], Array]
+type Mask = Callable[[Any, Any, Any], Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels.attention_config import Config
+
 AHEAD = 4  # so many tiles for each worker are sorted by their length
 
 
@@ -45,3 +47,16 @@ def ordered(steps: Array, workers: int) -> Array:
     first = place // workers * workers
     back = (place // workers % 2 == 1) & (first + workers <= count)
     return sorted_[jnp.where(back, 2 * first + workers - 1 - place, place)]
+
+
+def order(lists: Lists, config: Config, n: int, heads: int, queries: int, side: int) -> Array:
+    """Of the tiles of a kernel, in blocks of `side` tokens and so many `heads` of `n` batch
+    elements. If these are heads of keys, lists are those of all heads of `queries`."""
+    steps = jnp.diff(lists.ptr[:, ::2])  # of each block
+    steps = jnp.repeat(steps, side // config.rows, axis=1)
+    known, tiles = steps.shape
+    each = min(known, n * heads // config.heads)
+    if known in (queries, n * queries) and known > 1:  # what all that share keys take
+        each = known * heads // queries
+    steps = jnp.sum(steps.reshape(each, known // each, tiles), axis=1, dtype=jnp.int32)
+    return ordered(jnp.tile(steps, (n * heads // config.heads // each, 1)), config.workers)

@@ -44,18 +44,19 @@ class Case:
         rng = np.random.default_rng(seed)
         (h, g), (q, k) = self.heads, self.lengths
         shapes = [(self.n, q, h, self.d), *[(self.n, k, g, self.d)] * 2, (self.n, q, h, self.d)]
-        arrays = [normal(rng, shape, dtype) for shape in shapes]
+        q_, k_, v_, dy = (normal(rng, shape, dtype) for shape in shapes)
         lead = {"one": (1, 1), "head": (1, h), "element": (self.n, h)}[self.lists]
         mask = rng.random((*lead, *self.blocks)) < self.density
         mask[..., 0, 0], mask[..., -1, :] = True, False
-        limits = []
+        limits: list[Any] = []
         if self.spec.lengths:
             limits.append(rng.integers(k // 2, k, (self.n,)))
         if self.spec.segments:
-            limits += [np.sort(rng.integers(0, 3, (self.n, size))) for size in (q, k)]
+            limits += [np.sort(rng.integers(0, 3, (self.n, one))) for one in (q, k)]
         sinks = rng.normal(size=h).astype(np.float32) if self.sinks else None
         seen = elements(mask, self.block, self.lengths) & self.visible(limits)
-        return Inputs(*arrays, mask, [jnp.asarray(a, jnp.int32) for a in limits], sinks, seen)
+        limits = [jnp.asarray(a, jnp.int32) for a in limits]
+        return Inputs(q_, k_, v_, dy, mask, limits, sinks, seen)
 
     def visible(self, limits: list[Any]) -> Any:
         """`[n or 1, h or 1, q, k]`"""
@@ -103,26 +104,21 @@ def kernels(case: Case, workers: int, **changes: Any) -> Callable[..., tuple[Any
     forward, dq, dkv = configs(case, workers, **changes)
     (h, g), (r, c), block = case.heads, case.blocks, case.block
 
-    def order(config: Any, lists: Any, heads: int, side: int, blocks: int) -> Any:
-        steps = lists.ptr[:, 2::2] - lists.ptr[:, :-1:2]  # of each block
-        steps = jnp.repeat(steps, side // config.rows, axis=1)
-        steps = jnp.broadcast_to(steps[:1], (case.n * heads // config.heads, steps.shape[1]))
-        return attention_lists.ordered(steps, config.workers)
+    order = functools.partial(attention_lists.order, n=case.n, queries=h)
 
     def run(q, k, v, dy, sinks, own, other, partial, limits):
         rows = attention_lists.of_pattern(own, other, partial, (r, c))
         columns = attention_lists.of_pattern(other, own, partial, (c, r))
         options = {"block": block}
+        queries = order(rows, forward, heads=h, side=block[0])
         y, lse = attention.forward(
-            q, k, v, rows, order(forward, rows, h, block[0], r), forward, case.spec, *limits,
-            sinks=sinks, **options,
-        )  # fmt: skip
+            q, k, v, rows, queries, forward, case.spec, *limits, sinks=sinks, **options
+        )
         delta = jnp.sum(dy.astype(jnp.float32) * y.astype(jnp.float32), axis=-1).swapaxes(1, 2)
         saved = (q, k, v, dy, attention_gradients.exponent(lse), delta)
-        got = attention_gradients.dq(
-            *saved, rows, order(dq, rows, h, block[0], r), dq, case.spec, *limits, **options
-        )
-        keys = order(dkv, columns, g, block[1], c)
+        queries = order(rows, dq, heads=h, side=block[0])
+        keys = order(columns, dkv, heads=g, side=block[1])
+        got = attention_gradients.dq(*saved, rows, queries, dq, case.spec, *limits, **options)
         both = attention_gradients.dkv(*saved, columns, keys, dkv, case.spec, *limits, **options)
         return y, lse, got, *both
 

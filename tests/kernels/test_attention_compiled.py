@@ -1,6 +1,7 @@
 """Attention kernels compile to machine code for an H200, without one."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,10 @@ def compiled(case, dtype):
     def given(shape, dtype):
         return h200.argument(place, shape, dtype)
 
-    args = [given((case.n, q, h, case.d), dtype), *[given((case.n, k, g, case.d), dtype)] * 2]
+    args: list[Any] = [
+        given((case.n, q, h, case.d), dtype),
+        *[given((case.n, k, g, case.d), dtype)] * 2,
+    ]
     args += [args[0], given((h,), jnp.float32) if case.sinks else None]
     args += [given((lists, e), kind) for kind in (i32, i32, jnp.bool_)]
     args.append([given(shape, i32) for shape in limits])
