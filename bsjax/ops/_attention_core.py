@@ -56,8 +56,9 @@ def _run(spec: Spec, what: str, *args: Any) -> Any:
 
     def of(name: str) -> Any:
         run = functools.partial(getattr(_IMPLEMENTATIONS[name], what), spec)
-        # XLA finds the placement of a dense product by itself
-        return run if name == "dense" else functools.partial(over_batch, run)
+        # XLA finds the placement of a dense product by itself, and kernels run on GPUs only
+        alone = name == "dense" or (name == "mosaic" and not _mosaic.several_gpus())
+        return run if alone else functools.partial(over_batch, run)
 
     if spec.name != "auto":
         return of(spec.name)(*args)

@@ -13,9 +13,6 @@ from pallas_kernels import attention_config as config
 
 def why_not(spec: Spec, x: Operands, p: Fixed) -> str | None:
     """The reason why no kernel can run an attention, or None if one can."""
-    names = {a.dtype.name for a in (x.q, x.k, x.v)}
-    if len(names) > 1:
-        return f"kernels multiply numbers of one dtype, and q, k and v are {', '.join(names)}"
     d, f = x.q.shape[3], x.v.shape[3]
     if reason := config.why_not(x.q.dtype.name, d, spec.block):
         return reason

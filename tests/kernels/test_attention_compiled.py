@@ -1,12 +1,15 @@
 """Attention kernels compile to machine code for an H200, without one."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+import bsjax
+from bsjax import masks
 from tests.kernels import h200
 from tests.kernels.attention import CAUSAL, SEGMENTS, Case, kernels
 from tests.kernels.test_compiled import toolchain  # noqa: F401
@@ -64,6 +67,28 @@ def test_attention_and_its_gradients(case, dtype):
         assert not kernel.serialized, kernel
         # gradients of the largest heads keep some numbers in memory
         assert kernel.spilled == 0 or (case.d == 256 and kernel.spilled < 2048), kernel
+
+
+def test_bsjax_attention():
+    """With a pattern that is data, and a derivative."""
+    place, mask = h200.mesh(), masks.causal() & masks.window(2047)
+    given = functools.partial(h200.argument, place)
+    e = 128 * 17
+
+    def step(q, k, v, dy, row, col, full):
+        p = bsjax.BlockPattern(row, col, (128, 128), (128, 128))
+        options = {"mask": mask, "full": full, "implementation": "mosaic"}
+        y, pull = jax.vjp(lambda *args: bsjax.attention(*args, p, **options), q, k, v)
+        return y, *pull(dy)
+
+    args = [given((2, 16384, heads, 128), bf16) for heads in (8, 2, 2, 8)]
+    args += [given((e,), i32), given((e,), i32), given((e,), jnp.bool_)]
+    program, found = h200.compiled(step, *args)
+    assert len(found) == 3
+    assert program.as_text().count('custom_call_target="mosaic_gpu') == 3
+    assert all(kernel.wgmma and not kernel.spilled for kernel in found)
+    # lists and numbers for each query; no array of queries times keys
+    assert program.memory_analysis().temp_size_in_bytes < 200e6
 
 
 def compiled(case, dtype):
