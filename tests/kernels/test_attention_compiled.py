@@ -75,7 +75,7 @@ def test_bsjax_attention():
     def step(q, k, v, dy, row, col, full):
         p = bsjax.BlockPattern(row, col, (128, 128), (128, 128))
         options = {"mask": mask, "full": full, "implementation": "mosaic"}
-        y, pull = jax.vjp(lambda *args: bsjax.attention(*args, p, **options), q, k, v)
+        y, pull = jax.vjp(lambda q, k, v: bsjax.attention(q, k, v, p, **options), q, k, v)
         return y, *pull(dy)
 
     args = [given((2, 16384, heads, 128), bf16) for heads in (8, 2, 2, 8)]

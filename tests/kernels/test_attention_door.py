@@ -153,5 +153,6 @@ def test_reasons():
 def test_without_a_gpu_it_says_so():
     p = bsjax.BlockPattern.from_mask(np.ones(GRID, bool), BLOCK)
     sentence = 'attention: implementation="mosaic" cannot run here: it needs a Hopper GPU'
+    q, k, v, _ = inputs()
     with pytest.raises(ValueError, match=sentence):
-        bsjax.attention(*inputs()[:3], p, implementation="mosaic")
+        bsjax.attention(q, k, v, p, implementation="mosaic")
