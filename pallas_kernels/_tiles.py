@@ -173,14 +173,15 @@ def columns(source: Any, shape: tuple[int, ...]) -> Array:
     return lax.broadcast_in_dim(own, shape, (1,))
 
 
-def product(left: Any, right: Any, meanwhile: Callable[[], None] | None = None) -> Array:
-    """`left @ right^T`, both in shared memory, and something to do before it is waited for."""
+def product(
+    left: Any, right: Any, meanwhile: Callable[[], Any] = lambda: None
+) -> tuple[Array, Any]:
+    """`left @ right^T`, both in shared memory, and what `meanwhile()` returns, run beside it."""
 
     def run(acc):
         plgpu.wgmma(acc, left, right.transpose((1, 0)))
-        if meanwhile is not None:
-            meanwhile()
-        return acc[...]
+        other = meanwhile()
+        return acc[...], other
 
     shape = left.shape[0], right.shape[0]
     return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))

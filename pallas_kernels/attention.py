@@ -113,7 +113,7 @@ def _forward(q, k, v, ptr, other, order, *rest, config: Config, scores: Scores, 
                 now = turn + s - span.begin
                 stage = key_ring.stage(now)
                 plgpu.barrier_wait(key_ring.full.at[stage])
-                own = _tiles.product(mine, keys.at[stage], swap)
+                own, _ = _tiles.product(mine, keys.at[stage], swap)
                 key_ring.release(now)
                 own = scores.of(own)
                 if partial:

@@ -18,7 +18,7 @@ from pallas_kernels import _ring, _tiles
 from pallas_kernels._scores import LOG2E, Place, Scores, vector
 from pallas_kernels._tiles import Span, Tile
 from pallas_kernels.attention import launched
-from pallas_kernels.attention_config import Config
+from pallas_kernels.attention_config import MEDIUM, Config
 from pallas_kernels.attention_lists import Lists
 from pallas_kernels.config import ROWS
 
@@ -114,12 +114,15 @@ def _dq(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, scor
                 now = turn + s - span.begin
                 stage = key_ring.stage(now)
                 plgpu.barrier_wait(key_ring.full.at[stage])
-                products = _tiles.product(own_q, keys.at[stage])
+                products, _ = _tiles.product(own_q, keys.at[stage])
                 where = (start, walk.token(tile, span, s)) if partial else None
                 log, less = (_tiles.rows(one, products.shape) for one in of_rows)
-                _, weights = _weights(scores, at, products, log, where, q.dtype)
+
+                def weigh():
+                    return _weights(scores, at, products, log, where, q.dtype)
+
                 plgpu.barrier_wait(value_ring.full.at[stage])
-                gradient = _tiles.product(own_dy, values.at[stage])
+                gradient, (_, weights) = _tiles.product(own_dy, values.at[stage], weigh)
                 value_ring.release(now)
                 gradient = (weights * (gradient - less)).astype(q.dtype)
                 sums = _ring.onto_product(sums, gradient, keys.at[stage])
@@ -180,6 +183,9 @@ def _dkv(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, sco
             rings,
         )
 
+        # weights are computed beside a product, if that leaves registers for a mask
+        beside = d < MEDIUM or not scores.masked
+
         def along(tile: Tile, span: Span, turn, sums):
             start = walk.part(tile, part)[1]
             at = Place(scores, tile.batch, span.head, tuple(limits), flipped=True)
@@ -189,16 +195,27 @@ def _dkv(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, sco
                 now, token = turn + s - span.begin, walk.token(tile, span, s)
                 stage = query_ring.stage(now)
                 plgpu.barrier_wait(query_ring.full.at[stage])
-                products = _tiles.product(own_k, queries.at[stage])
-                log = _tiles.columns(logs.at[stage], products.shape)
-                where = (start, token) if partial else None
-                rounded, weights = _weights(scores, at, products, log, where, q.dtype)
-                plgpu.barrier_wait(cotangent_ring.full.at[stage])
+                products, _ = _tiles.product(own_k, queries.at[stage])
+
+                def weigh():
+                    log = _tiles.columns(logs.at[stage], products.shape)
+                    where = (start, token) if partial else None
+                    return _weights(scores, at, products, log, where, q.dtype)
+
+                own_dy, together = cotangents.at[stage], beside and "dk" in sums
+                gradient: Any = None
+                if together:
+                    plgpu.barrier_wait(cotangent_ring.full.at[stage])
+                    gradient, (rounded, weights) = _tiles.product(own_v, own_dy, weigh)
+                else:
+                    rounded, weights = weigh()
+                    plgpu.barrier_wait(cotangent_ring.full.at[stage])
                 if "dv" in sums:
-                    sums["dv"] = _ring.onto_product(sums["dv"], rounded, cotangents.at[stage])
+                    sums["dv"] = _ring.onto_product(sums["dv"], rounded, own_dy)
                 if "dk" in sums:
-                    less = _tiles.columns(deltas.at[stage], products.shape)
-                    gradient = _tiles.product(own_v, cotangents.at[stage]) - less
+                    if not together:
+                        gradient, _ = _tiles.product(own_v, own_dy)
+                    gradient = gradient - _tiles.columns(deltas.at[stage], products.shape)
                 cotangent_ring.release(now)
                 if "dk" in sums:
                     gradient = (weights * gradient).astype(q.dtype)

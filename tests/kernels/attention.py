@@ -221,4 +221,8 @@ MORE = {
     "dense": Case(density=1.0, blocks=(4, 4)),
     "nothing but the first": Case(density=0.0, sinks=True),
 }
-compiled = functools.cache(lambda case, workers: jax.jit(kernels(case, workers)))
+
+
+@functools.cache
+def compiled(case: Case, workers: int, **changes: Any) -> Callable[..., tuple[Any, ...]]:
+    return jax.jit(kernels(case, workers, **changes))

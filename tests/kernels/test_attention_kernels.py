@@ -16,7 +16,8 @@ bf16, f16 = jnp.bfloat16, jnp.float16
 def run(case, dtype=bf16, workers=2):
     inputs = case.inputs(dtype)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        got = jax.block_until_ready(compiled(case, workers)(*arguments(case, inputs)))
+        run = compiled(case, workers, stages=2)  # few, so that each is used again
+        got = jax.block_until_ready(run(*arguments(case, inputs)))
     conforms(case, inputs, got)
     return got
 
