@@ -43,6 +43,11 @@ class Scores:
         return data or self.mask is not None
 
     @property
+    def crowded(self) -> bool:
+        """Whether they take many registers in partial blocks."""
+        return self.segments or (self.masked and self.softcap is not None)
+
+    @property
     def factor(self) -> float:
         """Of what `of` returns, to be the exponent of two."""
         if self.softcap is not None:

@@ -69,12 +69,15 @@ def for_dq(
     return _staged(dataclasses.replace(config, step=step), head, tiles=2)
 
 
-def for_dkv(head: int, block: tuple[int, int], *, workers: int = MULTIPROCESSORS) -> Config:
-    """The same for dk and dv, whose tiles are keys and whose steps are queries."""
+def for_dkv(
+    head: int, block: tuple[int, int], *, crowded: bool = False, workers: int = MULTIPROCESSORS
+) -> Config:
+    """The same for dk and dv, whose tiles are keys and whose steps are queries. If `crowded`,
+    scores take more registers than a mask of indices does."""
     config = _tiled(block[1], 1, workers)
     if head > LARGE:
         config = dataclasses.replace(config, warpgroups=2, split=True)
-    step = 64 if head < LARGEST else 32
+    step = 32 if head == LARGEST or (crowded and head == LARGE) else 64
     return _staged(dataclasses.replace(config, step=step), head, tiles=2)
 
 

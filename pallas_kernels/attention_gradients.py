@@ -213,9 +213,10 @@ def _dkv(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, sco
                 if "dv" in sums:
                     sums["dv"] = _ring.onto_product(sums["dv"], rounded, own_dy)
                 if "dk" in sums:
+                    less = _tiles.columns(deltas.at[stage], products.shape)
                     if not together:
                         gradient, _ = _tiles.product(own_v, own_dy)
-                    gradient = gradient - _tiles.columns(deltas.at[stage], products.shape)
+                    gradient = gradient - less
                 cotangent_ring.release(now)
                 if "dk" in sums:
                     gradient = (weights * gradient).astype(q.dtype)

@@ -87,11 +87,10 @@ def backward(
     own, other, partial = _needed(spec, x, p)
     (br, bc), (r, c) = spec.block, spec.grid
     rows, columns = _lists(own, other, partial, (r, c)), _lists(other, own, partial, (c, r))
-    options: Any = {"workers": _mosaic.multiprocessors()}
-    for_keys = config.for_dkv(x.q.shape[3], spec.block, **options)
-    options["shared"] = _shared(spec, x, rows)
-    for_queries = config.for_dq(x.q.shape[3], spec.block, **options)
     saved, scores, limits = (x.q, x.k, x.v, dy, log2, delta), _scores(spec, p), _limits(p)
+    d, workers, shared = x.q.shape[3], _mosaic.multiprocessors(), _shared(spec, x, rows)
+    for_queries = config.for_dq(d, spec.block, shared=shared, workers=workers)
+    for_keys = config.for_dkv(d, spec.block, crowded=scores.crowded, workers=workers)
     order = _order(rows, for_queries, n, h, h, br)
     dq = kernels.dq(*saved, rows, order, for_queries, scores, *limits, block=spec.block)
     order = _order(columns, for_keys, n, h // group, h, bc)

@@ -94,7 +94,7 @@ def configs(case: Case, workers: int, **changes: Any) -> tuple[Any, Any, Any]:
     chosen = (
         attention_config.for_forward(case.d, case.block, shared=shared, workers=workers),
         attention_config.for_dq(case.d, case.block, shared=shared, workers=workers),
-        attention_config.for_dkv(case.d, case.block, workers=workers),
+        attention_config.for_dkv(case.d, case.block, crowded=case.spec.crowded, workers=workers),
     )
     return tuple(dataclasses.replace(one, **changes) for one in chosen)  # pyright: ignore
 
