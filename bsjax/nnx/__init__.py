@@ -1,6 +1,7 @@
 """Flax NNX modules: parameters only, the arithmetic is in `bsjax.ops`."""
 
 import bsjax._serialization  # noqa: F401 - registers BlockPattern with flax.serialization
+from bsjax.nnx._attention import BlockAttention as BlockAttention
 from bsjax.nnx._linear import BlockLinear as BlockLinear
 from bsjax.nnx._linear import Pattern as Pattern
 from bsjax.nnx._mlp import BlockMLP as BlockMLP
@@ -13,6 +14,7 @@ from bsjax.nnx._sampled import SampledLinear as SampledLinear
 
 __all__ = [
     "RNN",
+    "BlockAttention",
     "BlockLSTMCell",
     "BlockLinear",
     "BlockMLP",
