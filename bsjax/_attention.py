@@ -124,7 +124,9 @@ def rotate(x: Array, positions: Any, base: float) -> Float[Array, "*n l h d"]:
     turns = np.float32(base) ** -(np.arange(half, dtype=np.float32) / np.float32(half))
     angle = jnp.asarray(positions, jnp.float32)[..., None, None] * turns.reshape(1, 1, -1)
     angle = angle.reshape((1,) * (x.ndim - angle.ndim) + angle.shape)
-    cos, sin = (f(angle).astype(jnp.promote_types(x.dtype, jnp.float32)) for f in (jnp.cos, jnp.sin))
+    cos, sin = (
+        f(angle).astype(jnp.promote_types(x.dtype, jnp.float32)) for f in (jnp.cos, jnp.sin)
+    )
     a, b = x[..., :half].astype(cos.dtype), x[..., half:].astype(cos.dtype)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
@@ -156,8 +158,6 @@ def attend(
         pattern = BlockPattern.from_mask(np.ones(grid, bool), o.block)
     elif pattern is None:
         pattern, full = o.mask.pattern(lengths, o.block)
-    if q_segment_ids is not None and kv_segment_ids is None and lengths[0] == lengths[1]:
-        kv_segment_ids = q_segment_ids
     segments = {"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids}
     return run(
         o, q, k, v, pattern, o.mask, (),
@@ -220,7 +220,9 @@ def _joined(memory: Memory, k: Array, v: Array, width: int) -> tuple[Array, Arra
     n, _, d = memory.key.shape
 
     def join(a: Array, scale: float, b: Array) -> Array:
-        a = jnp.pad(a.astype(b.dtype) * jnp.asarray(scale, b.dtype), ((0, width - n), (0, 0), (0, 0)))
+        a = jnp.pad(
+            a.astype(b.dtype) * jnp.asarray(scale, b.dtype), ((0, width - n), (0, 0), (0, 0))
+        )
         return jnp.concatenate([jnp.broadcast_to(a, (*b.shape[:-3], *a.shape)), b], axis=-3)
 
     # keys of a gathered cache may have more heads than parameters have
@@ -247,8 +249,7 @@ def _in_front(p: BlockPattern, full: Any, chosen: Any, columns: int) -> tuple[An
     rows, cols = np.tile(np.arange(r, dtype=np.int32), columns), np.arange(columns, dtype=np.int32)
     first = (np.broadcast_to(a, (*lead, r * columns)) for a in (rows, np.repeat(cols, r)))
     row, col = (
-        jnp.concatenate(pair, axis=-1)
-        for pair in zip(first, (p.row, p.col + columns), strict=True)
+        jnp.concatenate(pair, axis=-1) for pair in zip(first, (p.row, p.col + columns), strict=True)
     )
     if full is not None:
         full = jnp.concatenate([jnp.zeros((*full.shape[:-1], r * columns), bool), full], axis=-1)

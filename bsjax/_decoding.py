@@ -28,6 +28,16 @@ def written(cache: Array, new: Array, start: Any) -> Array:
     return lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), start, axis=-3)
 
 
+def check_cross(o: Options, pattern: Any) -> None:
+    """Attention to other inputs does not know the positions of the queries that are decoded."""
+    if o.rotary or o.mask is not None or pattern is not None:
+        raise ValueError(
+            f"{LAYER}: a mask, a pattern or rotary positions between decoded queries and "
+            "`inputs_k` are not supported, since these have no cache that counts positions: "
+            "leave them out of attention to an encoder."
+        )
+
+
 def room(start: Any, count: int, size: int) -> None:
     """An error if positions do not fit, where this can be seen."""
     if is_concrete(start) and int(start) + count > size:
@@ -64,7 +74,8 @@ def attend_cached(
     stored = stored & (column[None] * bc <= at[:, None]).reshape((1,) * (grid.ndim - 2) + (t, c))
     # so many block-rows may share the positions of one block of queries
     shared = 1 if t == 1 else 2
-    if t <= br:
+    # where blocks cannot be counted, lists that end early read less than a block of them all
+    if t <= br and isinstance(grid, np.ndarray):
         out = _gathered(o, q, k, v, start, stored, min(c, shared * most), sinks, memory)
     else:
         out = _in_rows(o, q, k, v, start, stored, min(c, shared * most), sinks, memory)
@@ -110,7 +121,7 @@ def _gathered(
     cols = jax.vmap(listed)(need) if per_head else listed(need)
     chosen = jnp.take_along_axis(stored, jnp.minimum(cols, c - 1)[..., None, :], axis=-1)
     first = cols * bc  # of each block; behind all queries where there is none
-    places = (first[..., None] + jnp.arange(bc, dtype=jnp.int32).reshape((1,) * cols.ndim + (bc,)))
+    places = first[..., None] + jnp.arange(bc, dtype=jnp.int32).reshape((1,) * cols.ndim + (bc,))
     places = places.reshape(*cols.shape[:-1], width * bc)
     places = places.T if per_head else places[:, None]  # [w * bc, heads of keys]
     count = o.num_heads if per_head else k.shape[-2]
@@ -160,7 +171,14 @@ def empty(o: Options, input_shape: tuple[int, ...], dtype: Any) -> State:
 
 
 def step(
-    o: Options, state: State, q: Array, k: Array, v: Array, positions: Any, others: Any, **params: Any
+    o: Options,
+    state: State,
+    q: Array,
+    k: Array,
+    v: Array,
+    positions: Any,
+    others: Any,
+    **params: Any,
 ) -> tuple[Array, State]:
     """The next positions: what they see, and the cache with them in it."""
     if any(one is not None for one in others):

@@ -61,7 +61,7 @@ def mlp(x: Any, up: Any, gate: Any, down: Any, activation: Any) -> Array:
     return down(act(up(x)) if gate is None else act(gate(x)) * up(x))
 
 
-def check_layer(layer: str, *, norm: str, mlp: Any, persistent: int) -> None:
+def check_layer(layer: str, *, norm: str, attention: Any, mlp: Any) -> None:
     """The arguments that belong together."""
     if norm not in NORMS:
         raise ValueError(f'{layer}: `norm` must be "rms" or "layer", got {norm!r}.')
@@ -70,8 +70,36 @@ def check_layer(layer: str, *, norm: str, mlp: Any, persistent: int) -> None:
             f"{layer}: `mlp` must say `hidden_features`, got {sorted(mlp)}: for example "
             'mlp={"hidden_features": 2048}.'
         )
-    if mlp is None and not persistent:
+    if mlp is None and not (attention or {}).get("persistent"):
         raise ValueError(
-            f"{layer}: there is neither an `mlp` nor persistent memory: give "
-            'mlp={"hidden_features": ...}, or attention={"persistent": ...} to take its place.'
+            f"{layer}: there is neither an `mlp` nor persistent memory in its place: give "
+            'mlp={"hidden_features": ...}, or attention={"persistent": ...}.'
         )
+
+
+def mlp_options(options: Mapping[str, Any], gain: float) -> tuple[bool, dict[str, Any]]:
+    """Whether it is block-sparse, and its options: those of a `BlockMLP`, or of a `DenseMLP`."""
+    options = dict(options)
+    if options.get("pattern") is None:
+        for name in ("pattern", "down_pattern", "block", "implementation"):
+            options.pop(name, None)
+        return False, options | {"down_gain": gain}
+    init = options.pop("kernel_init", None)
+    down = options.pop("down_kernel_init", None) or init
+    more = {"kernel_init": kernel_init(init, 1.0, True)}
+    return True, options | more | {"down_kernel_init": kernel_init(down, gain, True)}
+
+
+def check_encoded(layer: str, encoded: Any, cross: Any) -> None:
+    """What an encoder gives is there where it is attended to, and nowhere else."""
+    if (encoded is None) == (cross is None):
+        return
+    if encoded is None:
+        raise ValueError(
+            f"{layer}: it attends to what an encoder gives, which is missing: call it with "
+            "`encoded`, of shape (..., positions, features)."
+        )
+    raise ValueError(
+        f"{layer}: `encoded` is given, but the layer does not attend to it: make it with "
+        "cross_attention={}."
+    )

@@ -11,6 +11,7 @@ from bsjax.nnx._recurrent import SmallWorldLSTMCell as SmallWorldLSTMCell
 from bsjax.nnx._rnn import RNN as RNN
 from bsjax.nnx._sample_linears import sample_linears as sample_linears
 from bsjax.nnx._sampled import SampledLinear as SampledLinear
+from bsjax.nnx._transformer import BlockTransformerLayer as BlockTransformerLayer
 
 __all__ = [
     "RNN",
@@ -19,6 +20,7 @@ __all__ = [
     "BlockLinear",
     "BlockMLP",
     "BlockMultiplicativeLSTMCell",
+    "BlockTransformerLayer",
     "Pattern",
     "SampledLinear",
     "SmallWorldLSTMCell",

@@ -134,9 +134,7 @@ class BlockAttention(nnx.Module):
         kept = keep_rngs and dropout_rate > 0
         self.rngs = rngs.dropout.fork() if kept else nnx.data(None)
 
-    def _projections(
-        self, patterns: Any, kernels: Any, biases: Any, **common: Any
-    ) -> None:
+    def _projections(self, patterns: Any, kernels: Any, biases: Any, **common: Any) -> None:
         o = self.options
         (inner, outer, gain), (bias, out_bias) = kernels, biases
         kv = (self.in_kv_features, o.num_kv_heads * o.head_dim)
@@ -201,6 +199,10 @@ class BlockAttention(nnx.Module):
             others = (q_segment_ids, kv_segment_ids, kv_lengths)
             y = self._decoded(q, k, v, input_positions, others, params)
         else:
+            if decode:
+                _decoding.check_cross(o, self.pattern)
+            if own and kv_segment_ids is None:
+                kv_segment_ids = q_segment_ids
             q, k = _attention.positioned(o, q, k, input_positions, own)
             y = _attention.attend(
                 o, q, k, v,
@@ -220,9 +222,7 @@ class BlockAttention(nnx.Module):
                 f"{LAYER}: there is no cache to decode with: call init_cache(input_shape) first, "
                 "with the shape of the whole sequence."
             )
-        state = _decoding.State(
-            self.cached_key[...], self.cached_value[...], self.cache_index[...]
-        )
+        state = _decoding.State(self.cached_key[...], self.cached_value[...], self.cache_index[...])
         y, state = _decoding.step(self.options, state, q, k, v, positions, others, **params)
         self.cached_key[...], self.cached_value[...], self.cache_index[...] = state
         return y
