@@ -63,7 +63,7 @@ class BlockAttention(nn.Module):
     def __post_init__(self) -> None:
         names = ("pattern", "block", "projection_pattern", "projection_block")
         fields = frozen(LAYER, {name: getattr(self, name) for name in names})
-        for name, value in (fields or {}).items():
+        for name, value in fields.items():
             object.__setattr__(self, name, value)
         super().__post_init__()
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from flax import core
 from flax import linen as nn
 from jaxtyping import Array, Float
 
@@ -13,21 +14,21 @@ from bsjax.linen._pattern import FieldPattern
 from bsjax.linen._sampled import SampledLinear
 
 
-def frozen(layer: str, options: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Options with patterns that can be hashed, as fields of modules must be."""
+def frozen(layer: str, options: Mapping[str, Any] | None) -> Any:
+    """Options that can be hashed, and their patterns too, as fields of modules must be."""
     if options is None:
         return None
     options = dict(options)
-    for name, side in (("pattern", "block"), ("down_pattern", "block")):
+    for name in ("pattern", "down_pattern"):
         if options.get(name) is not None:
-            options[name] = FieldPattern.of(layer, options[name], options.get(side))
+            options[name] = FieldPattern.of(layer, options[name], options.get("block"))
     if options.get("projection_pattern") is not None:
         block = options.get("projection_block")
         patterns = _transformer.projections(layer, options["projection_pattern"], block)
         options["projection_pattern"] = {
             name: FieldPattern.of(layer, p, None) for name, p in patterns.items()
         }
-    return options
+    return core.freeze(options)
 
 
 def product(
