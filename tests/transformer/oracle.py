@@ -26,7 +26,8 @@ def rotated(x, base=10_000.0):
     half = x.shape[-1] // 2
     turns = base ** -(np.arange(half) / half)
     angle = np.arange(x.shape[-3])[:, None, None] * turns
-    z = (x[..., :half] + 1j * x[..., half:]) * jnp.exp(1j * angle).astype(jnp.complex64)[None]
+    turn = jnp.asarray(np.exp(1j * angle)[None], jnp.complex64)
+    z = jax.lax.complex(x[..., :half], x[..., half:]) * turn
     return jnp.concatenate([z.real, z.imag], axis=-1).astype(x.dtype)
 
 

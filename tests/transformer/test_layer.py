@@ -1,0 +1,232 @@
+"""`BlockTransformerLayer`: what it adds up to, both dialects, transformations, training."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import bsjax
+import bsjax.linen
+import bsjax.nnx
+from bsjax import masks
+from tests.helpers import assert_raises, normal, random_mask
+from tests.transformer import oracle
+
+RNG = np.random.default_rng(0)
+N, LENGTH, WIDTH, HEADS, BLOCK = 2, 19, 16, 4, 8
+X, ENCODED = (normal(RNG, (N, size, WIDTH)) for size in (LENGTH, 11))
+MASK = masks.causal() & masks.window(9)
+ATTENTION = {"mask": MASK, "block": BLOCK, "rotary": True, "num_kv_heads": 2}
+DENSE = {"hidden_features": 24, "gated": True, "activation": "silu"}
+SPARSE = {"hidden_features": 32, "pattern": random_mask(2, 4, 0.7), "block": 8}
+CASES = {
+    "sparse": {
+        "attention": {**ATTENTION, "sinks": True, "projection_pattern": random_mask(4, 4, 0.7),
+                      "projection_block": 4, "num_kv_heads": None},
+        "mlp": SPARSE,
+        "residual_gain": 0.5,
+    },
+    "encoder-decoder": {"attention": ATTENTION, "cross_attention": {"block": BLOCK}, "mlp": DENSE},
+    "all-attention": {"attention": {**ATTENTION, "persistent": 12}, "norm": "layer"},
+}  # fmt: skip
+
+
+def make(name, **options):
+    options = CASES[name] | options
+    return bsjax.nnx.BlockTransformerLayer(WIDTH, HEADS, rngs=nnx.Rngs(0), **options)
+
+
+def linen(name, **options):
+    return bsjax.linen.BlockTransformerLayer(HEADS, **(CASES[name] | options))
+
+
+def inputs(name):
+    return (X, ENCODED) if name == "encoder-decoder" else (X,)
+
+
+@nnx.jit
+def run(layer, *args):
+    return layer(*args)
+
+
+def normalized(norm, x):
+    if isinstance(norm, nnx.RMSNorm):
+        x = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+        return x * norm.scale[...].reshape(1, 1, -1)
+    x = x - x.mean(-1, keepdims=True)
+    x = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+    return x * norm.scale[...].reshape(1, 1, -1) + norm.bias[...].reshape(1, 1, -1)
+
+
+def want(layer, x, encoded=None):
+    seen = oracle.elements(MASK, HEADS, LENGTH)
+    y = oracle.attention(layer.attention, normalized(layer.attention_norm, x), seen=seen)
+    x = x + y
+    if encoded is not None:
+        x = x + oracle.attention(layer.cross_attention, normalized(layer.cross_norm, x), encoded)
+    if layer.mlp is None:
+        return x
+    h, up, down = normalized(layer.mlp_norm, x), layer.mlp.up, layer.mlp.down
+    if layer.mlp.gate is None:
+        return x + oracle.linear(down, jax.nn.gelu(oracle.linear(up, h)))
+    hidden = jax.nn.silu(oracle.linear(layer.mlp.gate, h)) * oracle.linear(up, h)
+    return x + oracle.linear(down, hidden)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_dialects_are_the_dense_computation(name):
+    layer, twin, args = make(name), linen(name), inputs(name)
+    layer.attention_norm.scale[...] += normal(RNG, (WIDTH,)) / 8
+
+    @nnx.jit
+    def losses(layer, args):
+        def of(f):
+            def loss(layer):
+                y = f(layer, *args)
+                return jnp.sin(y).sum(), y
+
+            return nnx.grad(loss, has_aux=True)(layer)
+
+        return of(lambda layer, *args: layer(*args)), of(want)
+
+    (grads, y), wanted = losses(layer, args)
+    leaves = zip(jax.tree.leaves((y, grads)), jax.tree.leaves(wanted[::-1]), strict=True)
+    for a, b in leaves:
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5 * float(jnp.abs(b).max()))
+    small = [float(jnp.abs(a).max()) < 1e-5 for a in jax.tree.leaves(grads)]
+    # softmax does not see what a bias of keys adds to all of its scores
+    assert sum(small) <= 1 + (name == "encoder-decoder")
+    variables = bsjax.linen.from_nnx(layer)
+    np.testing.assert_allclose(jax.jit(twin.apply)(variables, *args), y, rtol=1e-5, atol=1e-5)
+    shapes = jax.eval_shape(twin.init, jax.random.key(0), *args)
+    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, shapes)
+    assert twin == linen(name)
+    assert hash(twin) == hash(linen(name))
+    bsjax.linen.to_nnx(variables, make(name))
+
+
+def test_dropout_and_sampling():
+    """Dropout and sampling draw anew in training, and rest outside of it, in both dialects."""
+    options = {
+        "attention": {"mask": MASK, "block": BLOCK, "dropout_rate": 0.2},
+        "sampling": {"fraction": 0.5},
+        "dropout_rate": 0.2,
+    }
+    layer = make("encoder-decoder", **options)
+    call = nnx.jit(lambda layer, x, e, off: layer(x, e, deterministic=off), static_argnums=3)
+    first, second = (call(layer, X, ENCODED, False) for _ in range(2))
+    assert not np.array_equal(first, second)
+    still = call(layer, X, ENCODED, True)
+    np.testing.assert_array_equal(call(layer, X, ENCODED, True), still)
+    twin, variables = linen("encoder-decoder", **options), bsjax.linen.from_nnx(layer)
+    apply = jax.jit(twin.apply, static_argnames="deterministic")
+    got = apply(variables, X, ENCODED, deterministic=True)
+    np.testing.assert_allclose(got, still, rtol=1e-5, atol=1e-5)
+    keys = {"dropout": jax.random.key(0), "sampling": jax.random.key(1)}
+    one = apply(variables, X, ENCODED, deterministic=False, rngs=keys)
+    assert not np.array_equal(one, got)
+
+
+def test_scan_over_layers_remat_and_decoding():
+    """A stack of layers is each of them in turn; its caches are a stack too."""
+
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap
+    def stack(rngs):
+        return bsjax.nnx.BlockTransformerLayer(WIDTH, HEADS, **CASES["sparse"], rngs=rngs)
+
+    layers = stack(nnx.Rngs(0))
+
+    @nnx.jit(static_argnames="decode")
+    def forward(layers, x, decode=False):
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        @nnx.remat
+        def step(x, layer):
+            return layer(x, decode=decode)
+
+        return step(x, layers)
+
+    y, x = forward(layers, X), X
+    graph, state = nnx.split(layers)
+    for i in range(3):
+        x = run(nnx.merge(graph, jax.tree.map(lambda a, i=i: a[i], state)), x)
+    np.testing.assert_allclose(y, x, rtol=1e-5, atol=1e-5)
+
+    nnx.vmap(lambda layer: layer.init_cache(X.shape))(layers)
+    parts = [forward(layers, part, decode=True) for part in (X[:, :17], X[:, 17:18])]
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), y[:, :18], rtol=1e-4, atol=1e-5)
+    grads = nnx.jit(nnx.grad(lambda layers, x: forward(layers, x).sum()))(layers, X)
+    assert all(jnp.isfinite(a).all() for a in jax.tree.leaves(grads))
+
+
+def test_scan_over_layers_in_linen():
+    class Step(nn.Module):
+        def setup(self):
+            self.layer = linen("sparse")
+
+        def __call__(self, x):
+            return self.layer(x), None
+
+    axes = {"params": 0, "patterns": 0}
+    scanned = nn.scan(Step, variable_axes=axes, split_rngs={"params": True}, length=2)()
+    variables = jax.jit(scanned.init)(jax.random.key(0), X)
+    y, x = jax.jit(scanned.apply)(variables, X)[0], X
+    for i in range(2):
+        one = jax.tree.map(lambda a, i=i: a[i], variables)
+        x = jax.jit(Step().apply)(one, x)[0]
+    np.testing.assert_allclose(y, x, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16():
+    layer = make("encoder-decoder", dtype=jnp.bfloat16)
+    y = run(layer, X.astype(jnp.bfloat16), ENCODED.astype(jnp.bfloat16))
+    assert y.dtype == jnp.bfloat16
+    assert layer.mlp.up.kernel.dtype == jnp.float32
+    np.testing.assert_allclose(np.asarray(y, np.float32), want(layer, X, ENCODED), atol=0.1)
+
+
+def test_the_residual_gain():
+    plain, small = (make("sparse", residual_gain=gain) for gain in (1.0, 0.25))
+    for part in (lambda layer: layer.attention.out, lambda layer: layer.mlp.down):
+        np.testing.assert_allclose(part(small).values[...], part(plain).values[...] / 4, rtol=1e-6)
+    np.testing.assert_array_equal(small.mlp.up.values[...], plain.mlp.up.values[...])
+
+
+@pytest.mark.parametrize("make", [make, linen])
+def test_errors(make):
+    error = functools.partial(assert_raises, error=ValueError)
+    error(
+        lambda: make("sparse", norm="batch"),
+        message='BlockTransformerLayer: `norm` must be "rms" or "layer", got \'batch\'.',
+    )
+    error(
+        lambda: make("sparse", mlp={"gated": True}),
+        message="BlockTransformerLayer: `mlp` must say `hidden_features`, got ['gated']: for "
+        'example mlp={"hidden_features": 2048}.',
+    )
+    error(
+        lambda: make("sparse", mlp=None),
+        message="BlockTransformerLayer: there is neither an `mlp` nor persistent memory in its "
+        'place: give mlp={"hidden_features": ...}, or attention={"persistent": ...}.',
+    )
+
+    def call(name, *args):
+        layer = make(name)
+        return (
+            layer.init(jax.random.key(0), *args) if isinstance(layer, nn.Module) else layer(*args)
+        )
+
+    error(
+        lambda: call("encoder-decoder", X),
+        message="BlockTransformerLayer: it attends to what an encoder gives, which is missing: "
+        "call it with `encoded`, of shape (..., positions, features).",
+    )
+    error(
+        lambda: call("sparse", X, ENCODED),
+        message="BlockTransformerLayer: `encoded` is given, but the layer does not attend to it: "
+        "make it with cross_attention={}.",
+    )
