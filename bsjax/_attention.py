@@ -151,16 +151,15 @@ def attend(
     key: Any = None,
 ) -> Float[Array, "*n q hd"]:
     """Attention of whole sequences, `q[..., q, h, d]` and `k[..., s, g, d]`."""
-    full = None
-    lengths = (q.shape[-3], k.shape[-3])
-    if pattern is None and o.mask is None:
+    p, full, lengths = pattern, None, (q.shape[-3], k.shape[-3])
+    if p is None and o.mask is None:
         grid = tuple(math.ceil(size / side) for size, side in zip(lengths, o.block, strict=True))
-        pattern = BlockPattern.from_mask(np.ones(grid, bool), o.block)
-    elif pattern is None:
-        pattern, full = o.mask.pattern(lengths, o.block)
+        p = BlockPattern.from_mask(np.ones(grid, bool), o.block)
+    elif p is None:
+        p, full = o.mask.pattern(lengths, o.block)
     segments = {"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids}
     return run(
-        o, q, k, v, pattern, o.mask, (),
+        o, q, k, v, p, o.mask, (),
         full=full, sinks=sinks, memory=memory, kv_lengths=kv_lengths, key=key, **segments,
     )  # fmt: skip
 

@@ -18,12 +18,14 @@ RNG = np.random.default_rng(0)
 N, LENGTH, WIDTH, HEADS, BLOCK = 2, 45, 12, 4, 8
 X = normal(RNG, (N, LENGTH, WIDTH))
 CAUSAL = masks.causal()
-# over blocks, inside one, over the border of two, exactly up to one; then position by position
-CHUNKS = (21, 1, 5, 5, 8, 1, 1, 1, 1, 1)
+# of many blocks; over the border of two, up to one, from one on; position by position
+CHUNKS = (21, 1, 5, 5, 5, *[1] * 8)
+
+DENSE = {"implementation": "dense"}  # compiles faster
 
 CASES = {
     "window and sinks": {"mask": masks.streaming(9, 3), "rotary": True, "num_kv_heads": 2},
-    "longformer, with memory": {"mask": CAUSAL & masks.longformer(5, 3), "persistent": 5},
+    "longformer, with memory": {"mask": CAUSAL & masks.longformer(5, 3), "persistent": 5, **DENSE},
     "one mask per head": {
         "mask": masks.per_head([CAUSAL & masks.window(9), CAUSAL & masks.every(12)] * 2),
         "num_kv_heads": 2,
@@ -33,6 +35,7 @@ CASES = {
         "mask": CAUSAL,
         "pattern": bsjax.BlockPattern.from_mask(random_mask(6, 6, 0.5, seed=1), BLOCK),
         "sinks": True,
+        **DENSE,
     },
 }
 

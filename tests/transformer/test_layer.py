@@ -20,7 +20,9 @@ RNG = np.random.default_rng(0)
 N, LENGTH, WIDTH, HEADS, BLOCK = 2, 19, 16, 4, 8
 X, ENCODED = (normal(RNG, (N, size, WIDTH)) for size in (LENGTH, 11))
 MASK = masks.causal() & masks.window(9)
-ATTENTION = {"mask": MASK, "block": BLOCK, "rotary": True, "num_kv_heads": 2}
+# "dense" compiles fastest; which one runs does not matter here
+ATTENTION = {"mask": MASK, "block": BLOCK, "implementation": "dense"}
+ATTENTION |= {"rotary": True, "num_kv_heads": 2}
 DENSE = {"hidden_features": 24, "gated": True, "activation": "silu"}
 SPARSE = {"hidden_features": 32, "pattern": random_mask(2, 4, 0.7), "block": 8}
 CASES = {
@@ -30,7 +32,11 @@ CASES = {
         "mlp": SPARSE,
         "residual_gain": 0.5,
     },
-    "encoder-decoder": {"attention": ATTENTION, "cross_attention": {"block": BLOCK}, "mlp": DENSE},
+    "encoder-decoder": {
+        "attention": ATTENTION,
+        "cross_attention": {"block": BLOCK, "implementation": "dense"},
+        "mlp": DENSE,
+    },
     "all-attention": {"attention": {**ATTENTION, "persistent": 12}, "norm": "layer"},
 }  # fmt: skip
 
@@ -96,7 +102,8 @@ def test_both_dialects_are_the_dense_computation(name):
     (grads, y), wanted = losses(layer, args)
     leaves = zip(jax.tree.leaves((y, grads)), jax.tree.leaves(wanted[::-1]), strict=True)
     for a, b in leaves:
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5 * float(jnp.abs(b).max()))
+        atol = 2e-5 * max(0.1, float(jnp.abs(b).max()))
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=atol)
     small = [float(jnp.abs(a).max()) < 1e-5 for a in jax.tree.leaves(grads)]
     # softmax does not see what a bias of keys adds to all of its scores
     assert sum(small) <= 1 + (name == "encoder-decoder")
@@ -110,38 +117,45 @@ def test_both_dialects_are_the_dense_computation(name):
 
 
 def test_dropout_and_sampling():
-    """Dropout and sampling draw anew in training, and rest outside of it, in both dialects."""
-    options = {
-        "attention": {"mask": MASK, "block": BLOCK, "dropout_rate": 0.2},
+    """Both draw anew in training and rest outside of it, in both dialects."""
+    options: dict = {
+        "attention": {**ATTENTION, "dropout_rate": 0.2},
+        "mlp": {"hidden_features": 8},
         "sampling": {"fraction": 0.5},
         "dropout_rate": 0.2,
     }
-    layer = make("encoder-decoder", **options)
-    call = nnx.jit(lambda layer, x, e, off: layer(x, e, deterministic=off), static_argnums=3)
-    first, second = (call(layer, X, ENCODED, False) for _ in range(2))
+    layer = make("sparse", **options)
+    call = nnx.jit(lambda layer, x, off: layer(x, deterministic=off), static_argnums=2)
+    first, second = (call(layer, X, False) for _ in range(2))
     assert not np.array_equal(first, second)
-    still = call(layer, X, ENCODED, True)
-    np.testing.assert_array_equal(call(layer, X, ENCODED, True), still)
-    twin, variables = linen("encoder-decoder", **options), bsjax.linen.from_nnx(layer)
+    still = call(layer, X, True)
+    np.testing.assert_array_equal(call(layer, X, True), still)
+    twin, variables = linen("sparse", **options), bsjax.linen.from_nnx(layer)
     apply = jax.jit(twin.apply, static_argnames="deterministic")
-    got = apply(variables, X, ENCODED, deterministic=True)
+    got = apply(variables, X, deterministic=True)
     np.testing.assert_allclose(got, still, rtol=1e-5, atol=1e-5)
     keys = {"dropout": jax.random.key(0), "sampling": jax.random.key(1)}
-    one = apply(variables, X, ENCODED, deterministic=False, rngs=keys)
-    assert not np.array_equal(one, got)
+    assert not np.array_equal(apply(variables, X, deterministic=False, rngs=keys), got)
+
+
+class Step(nn.Module):
+    """A layer of a scan."""
+
+    def setup(self):
+        self.layer = linen("sparse")
+
+    def __call__(self, x):
+        return self.layer(x), None
 
 
 def test_scan_over_layers_remat_and_decoding():
-    """A stack of layers is each of them in turn; its caches are a stack too."""
+    """A stack of layers is each of them in turn, and its caches are a stack too."""
 
-    @nnx.split_rngs(splits=3)
+    @nnx.split_rngs(splits=2)
     @nnx.vmap
     def stack(rngs):
         return bsjax.nnx.BlockTransformerLayer(WIDTH, HEADS, **CASES["sparse"], rngs=rngs)
 
-    layers = stack(nnx.Rngs(0))
-
-    @nnx.jit(static_argnames="decode")
     def forward(layers, x, decode=False):
         @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
         @nnx.remat
@@ -150,40 +164,38 @@ def test_scan_over_layers_remat_and_decoding():
 
         return step(x, layers)
 
-    y, x = forward(layers, X), X
+    layers = stack(nnx.Rngs(0))
+
+    @nnx.jit
+    def both(layers, x):
+        def loss(layers):
+            y = forward(layers, x)
+            return y.sum(), y
+
+        return nnx.grad(loss, has_aux=True)(layers)
+
+    (grads, y), x = both(layers, X), X
+    assert all(jnp.isfinite(a).all() for a in jax.tree.leaves(grads))
     graph, state = nnx.split(layers)
-    for i in range(3):
+    for i in range(2):
         x = run(nnx.merge(graph, jax.tree.map(lambda a, i=i: a[i], state)), x)
     np.testing.assert_allclose(y, x, rtol=1e-5, atol=1e-5)
 
-    nnx.vmap(lambda layer: layer.init_cache(X.shape))(layers)
-    parts = [forward(layers, part, decode=True) for part in (X[:, :17], X[:, 17:18])]
-    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), y[:, :18], rtol=1e-4, atol=1e-5)
-    grads = nnx.jit(nnx.grad(lambda layers, x: forward(layers, x).sum()))(layers, X)
-    assert all(jnp.isfinite(a).all() for a in jax.tree.leaves(grads))
-
-
-def test_scan_over_layers_in_linen():
-    class Step(nn.Module):
-        def setup(self):
-            self.layer = linen("sparse")
-
-        def __call__(self, x):
-            return self.layer(x), None
-
     axes = {"params": 0, "patterns": 0}
     scanned = nn.scan(Step, variable_axes=axes, split_rngs={"params": True}, length=2)()
-    variables = jax.jit(scanned.init)(jax.random.key(0), X)
-    y, x = jax.jit(scanned.apply)(variables, X)[0], X
-    for i in range(2):
-        one = jax.tree.map(lambda a, i=i: a[i], variables)
-        x = jax.jit(Step().apply)(one, x)[0]
-    np.testing.assert_allclose(y, x, rtol=1e-5, atol=1e-5)
+    variables = bsjax.linen.from_nnx(nnx.Dict(layer=layers))
+    np.testing.assert_allclose(jax.jit(scanned.apply)(variables, X)[0], y, rtol=1e-5, atol=1e-5)
+
+    nnx.vmap(lambda layer: layer.init_cache(X.shape))(layers)
+    decode = nnx.jit(lambda layers, x: forward(layers, x, decode=True))
+    parts = [decode(layers, X[:, i : i + 9]) for i in (0, 9)]
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), y[:, :18], rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16():
     layer = make("encoder-decoder", dtype=jnp.bfloat16)
-    y = run(layer, X.astype(jnp.bfloat16), ENCODED.astype(jnp.bfloat16))
+    with jax.numpy_dtype_promotion("standard"):  # norms of Flax promote
+        y = run(layer, X.astype(jnp.bfloat16), ENCODED.astype(jnp.bfloat16))
     assert y.dtype == jnp.bfloat16
     assert layer.mlp.up.kernel.dtype == jnp.float32
     np.testing.assert_allclose(np.asarray(y, np.float32), want(layer, X, ENCODED), atol=0.1)
