@@ -65,6 +65,7 @@ def attention(layer, x, encoded=None, *, seen=None):
         more(zero, zero, layer.sinks[...].reshape(1, -1, 1, 1))
     with jax.default_matmul_precision("highest"):
         y = jax.nn.dot_product_attention(q, k, v, bias=bias, mask=seen)
+    y = jnp.where(seen.any(-1).swapaxes(1, 2)[..., None], y, 0)  # of no key: zeros, not the mean
     return linear(layer.out, y.reshape(n, length, -1))
 
 
