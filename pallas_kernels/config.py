@@ -143,6 +143,20 @@ def for_sddmm(
     return _looked_up(tuned, n, block, out_bytes, workers) or staged(config, width, out_bytes)
 
 
+def for_conv(
+    n: int, block: tuple[int, int], out_bytes: int, workers: int = MULTIPROCESSORS
+) -> Config:
+    """For `n` images and blocks (channels in, channels out). Nothing was tuned."""
+    width_in, width_out = block
+    tile, warpgroups = (ROWS, 1) if n <= ROWS else (_tile(width_out), 2)
+    config = Config(
+        tile=tile, warpgroups=warpgroups, depth=min(64, width_in), workers=workers, split=False
+    )
+    if n > ROWS and _padding(n, config) > 1.25:
+        config = dataclasses.replace(config, tile=2 * ROWS)
+    return staged(config, width_out, out_bytes)
+
+
 def staged(config: Config, width: int, out_bytes: int) -> Config:
     """`config` with a slot for every slice of the output, or as many as leave `ENOUGH` stages, and
     with as many stages as fit beside them: latency is hidden by what is in flight."""

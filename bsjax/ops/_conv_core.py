@@ -15,14 +15,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from bsjax.ops import _conv_dense, _conv_reference, _conv_xla, _core, _mesh
+from bsjax.ops import _conv_dense, _conv_reference, _conv_xla, _core, _mesh, _mosaic_conv
 from bsjax.ops._choose import Problem
 from bsjax.ops._conv_form import Form
 from bsjax.ops._core import Spec
 from bsjax.pattern import BlockPattern, is_concrete
 
-# A kernel takes its place here, and `_mosaic.why_not` says what it cannot run.
-_IMPLEMENTATIONS = {"xla": _conv_xla, "dense": _conv_dense, "reference": _conv_reference}
+# `_mosaic.why_not` says what kernels cannot run
+_IMPLEMENTATIONS = {
+    "xla": _conv_xla,
+    "mosaic": _mosaic_conv,
+    "dense": _conv_dense,
+    "reference": _conv_reference,
+}
 
 type Open = tuple[BlockPattern, Array] | None  # the slots to read, and where values have them
 
