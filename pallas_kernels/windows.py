@@ -51,7 +51,44 @@ def reads(axis: Axis, transpose: bool) -> Array:
     return jnp.asarray(padded, jnp.int32)
 
 
-def meets(axis: Axis) -> list[tuple[int, int, int]]:
+class Pairs:
+    """For each tap the pairs of a source and a target pixel that it joins, all inside the image.
+
+    Without axes there is one tap, and one pixel.
+    """
+
+    def __init__(self, axes: Sequence[Axis]) -> None:
+        self.axes, self.taps = axes, math.prod(axis.window for axis in axes)
+        met = [_met(axis) for axis in axes]
+        places = (split(tap, [axis.window for axis in axes]) for tap in range(self.taps))
+        runs = [[one[t] for one, t in zip(met, place, strict=False)] for place in places]
+        self.counts = [math.prod(many for _, many, _ in run) for run in runs]  # for each tap
+        self.rows = [
+            [count, *(number for one in run for number in one)]
+            for count, run in zip(self.counts, runs, strict=True)
+        ]
+
+    def table(self) -> tuple[Array, ...]:
+        """What a kernel has to be given."""
+        return (jnp.asarray(self.rows, jnp.int32),) if self.axes else ()
+
+    def count(self, table: Sequence[Any], tap: Any) -> Any:
+        return table[0][tap, 0] if self.axes else 1
+
+    def at(self, table: Sequence[Any], tap: Any, pair: Any) -> tuple[Any, Any]:
+        """The source and the target pixel of a pair, flat."""
+        source = target = 0
+        if not self.axes:
+            return source, target
+        runs = [[table[0][tap, 1 + 3 * i + k] for k in range(3)] for i in range(len(self.axes))]
+        along = split(pair, [many for _, many, _ in runs])
+        for axis, (first, _, begin), k in zip(self.axes, runs, along, strict=True):
+            source = source * axis.source + begin + axis.stride * k
+            target = target * axis.target + first + k
+        return source, target
+
+
+def _met(axis: Axis) -> list[tuple[int, int, int]]:
     """For each tap: the first target pixel for which it is inside the source, how many there are
     (one after the other), and the source pixel of the first."""
     found = []
@@ -66,8 +103,8 @@ def split(index: Any, sizes: Sequence[Any]) -> list[Any]:
     """A flat index by axes, of which the last runs fastest."""
     parts = []
     for size in sizes[:0:-1]:
-        parts.append(lax.rem(index, size))
-        index = lax.div(index, size)
+        parts.append(index % size if isinstance(index, int) else lax.rem(index, size))
+        index = index // size if isinstance(index, int) else lax.div(index, size)
     return [index, *parts[::-1]]
 
 

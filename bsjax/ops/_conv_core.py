@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from bsjax.ops import _conv_dense, _conv_reference, _conv_xla, _core, _mesh, _mosaic_conv
+from bsjax.ops import _conv_dense, _conv_reference, _conv_xla, _core, _mesh, _mosaic, _mosaic_conv
 from bsjax.ops._choose import Problem
 from bsjax.ops._conv_form import Form
 from bsjax.ops._core import Spec
@@ -76,13 +76,17 @@ def _run_conv(
     p: BlockPattern,
     open_: Open,
 ) -> Array:
-    run = _stage_conv if not is_concrete(x, values, p.row, p.col) else _jit_conv
-    return run(spec, form, transpose, x, values, p, open_)
+    if not is_concrete(x, values, p.row, p.col):
+        return _stage_conv(spec, form, transpose, x, values, p, open_)
+    with _mosaic.in_words("conv"):
+        return _jit_conv(spec, form, transpose, x, values, p, open_)
 
 
 def _run_taps(spec: Spec, form: Form, x: Array, y: Array, p: BlockPattern) -> Array:
-    run = _stage_taps if not is_concrete(x, y, p.row, p.col) else _jit_taps
-    return run(spec, form, x, y, p)
+    if not is_concrete(x, y, p.row, p.col):
+        return _stage_taps(spec, form, x, y, p)
+    with _mosaic.in_words("conv"):
+        return _jit_taps(spec, form, x, y, p)
 
 
 def _stage_conv(

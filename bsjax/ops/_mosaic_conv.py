@@ -26,7 +26,35 @@ def conv(
     out_dtype: Any,
 ) -> Float[Array, "n ..."]:
     """The convolution over stored blocks, or its transpose from the same values."""
-    return _conv((x,), values, (), p, form, transpose, out_dtype, {})[0]
+    rows = x.reshape(x.shape[0], math.prod(x.shape[1:]))
+    (y,) = _conv((rows,), values, (), p, form, transpose, out_dtype, {})
+    _, out = form.space(transpose)
+    return y.reshape(y.shape[0], *out, p.shape[0 if transpose else 1])
+
+
+def fused(
+    x: Float[Array, "n i"],
+    values: Float[Array, "e ..."],
+    p: BlockPattern,
+    form: Form,
+    bias: Float[Array, " m"] | None,
+    residual: Float[Array, "n o"] | None,
+    *,
+    transpose: bool,
+    activation: str | None,
+    keep: bool,
+) -> tuple[Array, ...]:
+    """`activation(conv(x) + bias) + residual`, and what the activation was applied to if `keep`,
+    of and as rows."""
+    bias_row = () if bias is None else (bias.astype(jnp.float32)[None],)
+    images = (x,) if residual is None else (x, residual)
+    options = {
+        "activation": activation,
+        "bias": bias is not None,
+        "residual": residual is not None,
+        "keep": keep,
+    }
+    return _conv(images, values, bias_row, p, form, transpose, x.dtype, options)
 
 
 def _conv(
@@ -39,14 +67,14 @@ def _conv(
     out_dtype: Any,
     options: dict[str, Any],
 ) -> tuple[Array, ...]:
-    """The kernel, with the epilogue that `options` name, on images and perhaps a residual."""
+    """The kernel, with the epilogue that `options` name, on rows of images and perhaps of a
+    residual."""
     from pallas_kernels import conv as kernels
     from pallas_kernels import lists
     from pallas_kernels.epilogue import Epilogue
 
     br, bc = p.block
     sizes, blocks = ((bc, br), p.grid[0]) if transpose else ((br, bc), p.grid[1])
-    _, out = form.space(transpose)
     epilogue = Epilogue(**options)
 
     def run(*args: Array) -> tuple[Array, ...]:
@@ -71,12 +99,40 @@ def _conv(
         )
         return tuple(_mesh.vary(y, _mesh.varying(x))[:n] for y in outs)
 
-    rows = tuple(a.reshape(a.shape[0], a[0].size) for a in images)
     weights = (values.reshape(p.capacity, math.prod(form.window), br, bc), p.row, p.col, *bias)
-    axes = ["n i", *["n o"] * (len(rows) - 1), "e t a b", "e", "e", *["h c"] * len(bias)]
+    axes = ["n i", *["n o"] * (len(images) - 1), "e t a b", "e", "e", *["h c"] * len(bias)]
     rule = f"{', '.join(axes)} -> {', '.join(['n o', 'n p'][: 1 + epilogue.keep])}"
-    outs = _mosaic._on_each_device(run, rows, weights, rule)
-    return tuple(y.reshape(y.shape[0], *out, blocks * sizes[1]) for y in outs)
+    return _mosaic._on_each_device(run, images, weights, rule)
+
+
+def taps(
+    x: Float[Array, "n ..."],
+    y: Float[Array, "n ..."],
+    p: BlockPattern,
+    form: Form,
+    *,
+    precision: Any,
+    out_dtype: Any,
+) -> Float[Array, "e ..."]:
+    """The stored blocks, for each tap, of source times target."""
+    from pallas_kernels import lists, sampled_dense
+
+    def run(x: Array, y: Array, row: Array, col: Array) -> Array:
+        workers, bytes_ = _mosaic.multiprocessors(), jnp.dtype(out_dtype).itemsize
+        chosen = _mosaic._unsplit(config.for_sddmm(p.block, bytes_, workers))
+        rows = (_mosaic._padded(a, chosen.depth) for a in (x, y))
+        x, y, row, col = _mosaic._alike(*rows, row, col)
+        ptr = lists.pointers(col, p.grid[1])
+        v = sampled_dense.sddmm(
+            x, y, row, ptr, chosen, block=p.block, axes=_axes(form), out_dtype=out_dtype
+        )
+        stored = jnp.arange(p.capacity, dtype=jnp.int32) < ptr[-1]
+        v = _mesh.vary(v, _mesh.varying(x))
+        return jnp.where(stored[:, None, None, None], v, 0)
+
+    rows = tuple(a.reshape(a.shape[0], math.prod(a.shape[1:])) for a in (x, y))
+    v = _mosaic._on_each_device(run, rows, (p.row, p.col), "n i, n o, e, e -> e t a b")
+    return v.reshape(p.capacity, *form.window, *p.block)
 
 
 def _axes(form: Form) -> Any:

@@ -1,0 +1,73 @@
+"""Kernels of convolutions compile to machine code for an H200, without one."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import bsjax
+from tests.kernels import h200
+from tests.kernels.test_compiled import (  # noqa: F401
+    checked,
+    compile_everything,
+    toolchain,
+)
+
+pytestmark = pytest.mark.h200
+bf16, f16 = jnp.bfloat16, jnp.float16
+
+
+def slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
+def compiles(f, block, dtype, space, window, channels, images=256, bias=False, **options):
+    """Forward, dx and dvalues of one layer, at a quarter of its blocks."""
+    place = h200.mesh()
+    grid = tuple(c // side for c, side in zip(channels, block, strict=True))
+    e = math.ceil(grid[0] * grid[1] / 4)
+
+    def step(x, values, row, col, *rest):
+        p = bsjax.BlockPattern(row, col, grid, block)
+        y, pull = jax.vjp(lambda *args: f(p, *args, **options), x, values, *rest)
+        return y, *pull(y)
+
+    shapes = [((images, *space, channels[0]), dtype), ((e, *window, *block), dtype)]
+    shapes += [((e,), jnp.int32)] * 2 + [((channels[1],), dtype)] * bias
+    program, kernels = h200.compiled(step, *(h200.argument(place, *s) for s in shapes))
+    checked(program, kernels)
+    assert sum(kernel.wgmma > 0 for kernel in kernels) >= 3
+    return program, kernels
+
+
+def conv(p, x, values, **options):
+    return bsjax.conv(x, values, p, implementation="mosaic", **options)
+
+
+@pytest.mark.parametrize(
+    ("block", "dtype", "images", "strides"),
+    [
+        (64, bf16, 256, 1),
+        (128, f16, 128, 2),
+        slow(32, bf16, 256, 2),
+        slow(16, f16, 64, 1),
+        slow(64, bf16, 40, 2),
+        slow(64, f16, 256, 2),
+        slow(128, bf16, 256, 1),
+    ],
+)
+def test_a_layer_and_its_derivatives(block, dtype, images, strides):
+    """3 x 3 on 28 x 28 pixels of 128 channels, as in a ResNet-50."""
+    options = {"images": images, "strides": strides}
+    program, _ = compiles(conv, (block, block), dtype, (28, 28), (3, 3), (128, 256), **options)
+    # x goes in as it is: nobody pads it, and nobody writes down its windows
+    x = rf"= \w+\[{images},(3[0-9]|29),(3[0-9]|29),128\]"
+    assert not re.findall(x, program.as_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("space", "window"), [((4000,), (5,)), ((8, 16, 16), (3, 3, 3))])
+def test_other_axes(space, window):
+    compiles(conv, (64, 64), bf16, space, window, (128, 128), dilation=2)
