@@ -123,8 +123,8 @@ def _sddmm(x, y, row, groups, spans, *rest, config: Config, block: tuple[int, in
 
             def step(s, turn):
                 tokens = pl.ds(lax.rem(s, chunks) * depth, depth)
-                source, target = pairs.at(table, tap, lax.div(s, chunks))
-                features = pl.ds(target * y_features + column * width, width)
+                x_pixel, y_pixel = pairs.at(table, tap, lax.div(s, chunks))
+                features = pl.ds(y_pixel * y_features + column * width, width)
                 stage, full = ring.free(turn)
                 plgpu.copy_gmem_to_smem(y.at[tokens, features], y_tiles.at[stage], full)
                 for i in range(most * copies):
@@ -132,7 +132,7 @@ def _sddmm(x, y, row, groups, spans, *rest, config: Config, block: tuple[int, in
 
                     @pl.when(k < count)
                     def _(i=i, k=k, part=part):
-                        start = source * x_features + starts[k] + part * wide
+                        start = x_pixel * x_features + starts[k] + part * wide
                         if narrow:
                             source = x.at[pl.ds(start, wide), tokens]
                             target = x_tiles.at[stage, pl.ds(i * wide, wide)]
