@@ -20,6 +20,8 @@ class Problem:
     capacity: int
     dtype: Any
     taps: int = 1  # of a convolution; then n is the number of its windows
+    pixels: int = 1  # of an image, of the larger that goes in or comes out
+    images: Any = None  # of a convolution, which kernels take for tokens
 
     @property
     def density(self) -> float:

@@ -120,11 +120,13 @@ def conv(
     by_kernel = implementation == "mosaic"
     spec = Spec(implementation, precision, sums, dtype if by_kernel else None)
     rows = x.reshape(*lead, math.prod(into) * k)
-    if by_kernel and not bare and gate is None and _one_kernel(rows, p, out, activation, residual):
-        form = _fused.Form(activation, space=form)
+    fits = residual is None or residual.dtype == x.dtype
+    some = math.prod((*shape, rows.size, p.capacity)) > 0
+    if by_kernel and not (bare or gate is not None or callable(activation)) and fits and some:
+        epilogue = _fused.Form(activation, space=form)  # at no pass over memory
         rest = None if residual is None else residual.reshape(*lead, math.prod(out) * m)
-        y = _fused.matmul(_core.to(spec, x), transpose, form, rows, values, p, bias, rest)
-        return y.reshape(shape)
+        sums = _core.to(spec, x)
+        return _fused.matmul(sums, transpose, epilogue, rows, values, p, bias, rest).reshape(shape)
     open_ = None
     if gate is not None:
         scaled = _gate.scaled(values, gate, p)
@@ -140,15 +142,6 @@ def conv(
     if residual is not None:
         y = y + residual.astype(y.dtype)
     return y.astype(x.dtype)
-
-
-def _one_kernel(
-    rows: Array, p: BlockPattern, out: Any, activation: Any, residual: Array | None
-) -> bool:
-    """Whether a kernel can write y itself, at no pass over memory for the epilogue."""
-    able = residual is None or residual.dtype == rows.dtype
-    sizes = rows.size * p.capacity * math.prod(out) * math.prod(p.shape)
-    return able and sizes > 0 and not callable(activation)
 
 
 def _plus(y: Float[Array, "n i"], bias: Float[Array, " m"]) -> Float[Array, "n i"]:

@@ -64,6 +64,8 @@ def problem(op: str, form: Form, n: Any, p: BlockPattern, dtype: Any) -> Problem
         capacity=p.capacity,
         dtype=dtype,
         taps=math.prod(form.window),
+        pixels=max(math.prod(form.source), math.prod(form.target)),
+        images=n,
     )
 
 

@@ -307,5 +307,6 @@ def _alike(*arrays: Any) -> Any:
 def _steps(problem: "Problem") -> int:
     """The most that any of the three products of a training step takes."""
     parts = max(1, max(problem.block) // 64)
+    tokens = problem.n if problem.images is None else problem.images
     each = problem.capacity * parts * problem.taps + max(problem.grid)
-    return math.ceil(problem.n / 64) * each
+    return math.ceil(tokens / 64) * problem.pixels * each

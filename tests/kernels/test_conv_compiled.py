@@ -5,9 +5,12 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 import bsjax
+from bsjax.ops import _mosaic
 from tests.kernels import h200
 from tests.kernels.test_compiled import (  # noqa: F401
     checked,
@@ -65,6 +68,40 @@ def test_a_layer_and_its_derivatives(block, dtype, images, strides):
     # x goes in as it is: nobody pads it, and nobody writes down its windows
     x = rf"= \w+\[{images},(3[0-9]|29),(3[0-9]|29),128\]"
     assert not re.findall(x, program.as_text())
+
+
+def test_an_epilogue_is_in_the_kernel():
+    """bias and ReLU, which is a comparison with what was kept on the way back."""
+
+    def layer(p, x, values, bias):
+        return conv(p, x, values, bias=bias, activation="relu", residual=x)
+
+    program, _ = compiles(layer, (64, 64), bf16, (14, 14), (3, 3), (256, 256), bias=True)
+    assert len(re.findall(r"custom_call_target=\"mosaic_gpu", program.as_text())) == 4  # 1 joins
+
+
+@pytest.mark.parametrize("how", ["automatic axes", slow("shard_map")])
+def test_images_stay_on_their_devices(how, monkeypatch):
+    monkeypatch.setattr(_mosaic, "several_gpus", lambda: True)
+    mesh = h200.mesh(8, AxisType.Auto)
+    p = bsjax.BlockPattern.from_mask(np.eye(4, dtype=bool), 64)
+    x = h200.argument(mesh, (512, 14, 14, 256), bf16, "d")
+    values = h200.argument(mesh, (p.capacity, 3, 3, 64, 64), bf16)
+
+    def step(x, values, dy):
+        y, pull = jax.vjp(lambda x, v: conv(p, x, v), x, values)
+        return y, *pull(dy)
+
+    if how == "shard_map":
+        P = PartitionSpec
+        step = jax.shard_map(
+            step, mesh=mesh, in_specs=(P("d"), P(), P("d")), out_specs=(P("d"), P("d"), P())
+        )
+    program, kernels = h200.compiled(step, x, values, x)
+    checked(program, kernels)
+    text = program.as_text()
+    assert "all-gather" not in text
+    assert "all-reduce" in text  # of dvalues
 
 
 @pytest.mark.slow
