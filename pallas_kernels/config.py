@@ -37,6 +37,7 @@ class Config:
     warpgroups: int = 2  # that multiply; one more loads
     columns: int = 1  # `matmul`: output blocks side by side that share what is read of x
     cluster: int = 1  # `matmul`: programs with other tokens that share what is read of the values
+    pixels: int = 1  # `conv`: neighbours in an output tile that share what they read
     depth: int = 64  # features (`matmul`) or tokens (`sddmm`) of a step
     stages: int = 4  # steps in flight
     slots: int = 1  # slices of an output tile that are on their way out
@@ -141,20 +142,6 @@ def for_sddmm(
     tile = max(height, _tile(width))
     config = Config(tile=tile, depth=64, workers=workers)
     return _looked_up(tuned, n, block, out_bytes, workers) or staged(config, width, out_bytes)
-
-
-def for_conv(
-    n: int, block: tuple[int, int], out_bytes: int, workers: int = MULTIPROCESSORS
-) -> Config:
-    """For `n` images and blocks (channels in, channels out). Nothing was tuned."""
-    width_in, width_out = block
-    tile, warpgroups = (ROWS, 1) if n <= ROWS else (_tile(width_out), 2)
-    config = Config(
-        tile=tile, warpgroups=warpgroups, depth=min(64, width_in), workers=workers, split=False
-    )
-    if n > ROWS and _padding(n, config) > 1.25:
-        config = dataclasses.replace(config, tile=2 * ROWS)
-    return staged(config, width_out, out_bytes)
 
 
 def staged(config: Config, width: int, out_bytes: int) -> Config:

@@ -1,7 +1,7 @@
 """A convolution over stored blocks of channels, and its transpose from the same values.
 
-Images lie as they are, `x[n, pixels * channels]`, and an output tile is one pixel of many images,
-times one block of channels. So every (tap, stored block) is a product of rows of x, at the columns
+Images lie as they are, `x[n, pixels * channels]`, and an output tile is one pixel of many images
+(or a few neighbours, see `conv_strip`), times one block of channels. So every (tap, stored block) is a product of rows of x, at the columns
 of the pixel that the tap reads, and of a block of the values: `matmul` with another list of steps.
 Nobody writes down windows or zeros around the image, taps outside it are no steps at all, and any
 stride, dilation, padding and transpose is a table of a few numbers for each pixel of an axis.
@@ -16,7 +16,8 @@ output tiles, the others multiply.
 """
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,8 +26,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import _ring, windows
+from pallas_kernels import _ring, conv_strip, windows
 from pallas_kernels.config import Config
+from pallas_kernels.conv_strip import Strip
 from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.lists import Steps
 from pallas_kernels.windows import Axis
@@ -41,6 +43,7 @@ def conv(
     config: Config,
     *operands: Array,
     axes: tuple[Axis, ...],
+    tables: Sequence[Array],
     blocks: int,
     transpose: bool = False,
     epilogue: Epilogue = NONE,
@@ -54,25 +57,30 @@ def conv(
     width]`, a residual has the shape of y. With `transpose` images lie as the target does, and
     stored blocks are multiplied transposed.
 
-    `n` must be a multiple of `config.tile`, and there must be images, pixels, output blocks and at
-    least one slot. `config.columns` and `config.cluster` are 1.
+    `tables` are those of `windows`. `n` must be a multiple of `config.tile / config.pixels`, and
+    there must be images, pixels, output blocks and at least one slot. `config.columns` and
+    `config.cluster` are 1. More than one of `config.pixels` share what they read (`conv_strip`).
     """
     n, (e, taps, *_) = x.shape[0], values.shape
     values = values.reshape(e * taps, *values.shape[2:])
     width = values.shape[1] if transpose else values.shape[2]
-    pixels = 1
-    for axis in axes:
-        pixels *= axis.sides(transpose)[1]
+    pixels = math.prod(axis.sides(transpose)[1] for axis in axes)
+    places = pixels
+    if config.pixels > 1:
+        tables = tables[:-1]
+        strip = Strip(axes[-1], transpose, config.pixels)
+        places = pixels // axes[-1].sides(transpose)[1] * strip.count
+    tiles = n // (config.tile // config.pixels)
     run = plgpu.kernel(
         functools.partial(
-            _conv,
+            conv_strip.kernel if config.pixels > 1 else _conv,
             config=config,
             epilogue=epilogue,
             axes=axes,
-            pixels=pixels,
             blocks=blocks,
             taps=taps,
             transpose=transpose,
+            walk=functools.partial(_walk, tiles, places, blocks, config.workers),
         ),
         out_type=epilogue.outs(n, pixels * blocks * width, out_dtype),
         grid=(config.workers,),
@@ -80,8 +88,30 @@ def conv(
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
     )
-    tables = [windows.reads(axis, transpose) for axis in axes]
     return tuple(run(x, values, steps.ptr, steps.source, steps.slots[0], *tables, *operands))
+
+
+def strips(axis: Axis, transpose: bool) -> dict[int, tuple[float, int, int]]:
+    """How many neighbours along the last axis can share what they read, as `config` wants it."""
+    _, out = axis.sides(transpose)
+    every = [Strip(axis, transpose, pixels) for pixels in (2, 4, 8)]
+    return {
+        one.pixels: (one.count * one.pixels / out, one.reads, axis.window)
+        for one in every
+        if one.fits
+    }
+
+
+def _walk(tiles: int, places: int, blocks: int, workers: int, body: Callable[..., Any]) -> Any:
+    """`turn = body(images, place, block, turn)` for the output tiles of this program."""
+    worker, total = lax.axis_index("worker"), tiles * places * blocks
+
+    def one(at, turn):
+        place = _place(worker + at * workers, places, blocks, 2 * workers)
+        return body(*place, turn)
+
+    mine = lax.div(total - worker + workers - 1, workers)
+    return lax.fori_loop(0, mine, one, jnp.int32(0))
 
 
 def _place(
@@ -105,32 +135,18 @@ def _conv(
     config: Config,
     epilogue: Epilogue,
     axes: Sequence[Axis],
-    pixels: int,
     blocks: int,
     taps: int,
     transpose: bool,
+    walk: Any,
 ):
     tables, rest = rest[: len(axes)], rest[len(axes) :]
     operands, outs = rest[: epilogue.operands], rest[epilogue.operands :]
     width_in, width_out = values.shape[:0:-1] if transpose else values.shape[1:]
-    into = 1
-    for axis in axes:
-        into *= axis.sides(transpose)[0]
-    channels = x.shape[1] // into
-    depth, tile, workers = config.depth, config.tile, config.workers
+    channels = x.shape[1] // math.prod(axis.sides(transpose)[0] for axis in axes)
+    depth, tile = config.depth, config.tile
     rows, cut = tile // config.warpgroups, width_in // depth
     sizes = [axis.sides(transpose)[1] for axis in axes]
-    worker, total = lax.axis_index("worker"), x.shape[0] // tile * pixels * blocks
-
-    def walk(body):
-        """`turn = body(images, pixel, block, turn)` for the output tiles of this program."""
-
-        def one(at, turn):
-            place = _place(worker + at * workers, pixels, blocks, 2 * workers)
-            return body(*place, turn)
-
-        mine = lax.div(total - worker + workers - 1, workers)
-        return lax.fori_loop(0, mine, one, jnp.int32(0))
 
     def load(x_tiles, v_tiles, ring):
         def tile_of(images, pixel, block, turn):

@@ -9,7 +9,6 @@ by side. They are read from a transposed copy of x, where one lies below the oth
 """
 
 import functools
-import itertools
 import math
 from typing import Any
 
@@ -33,12 +32,14 @@ def sddmm(
     *,
     block: tuple[int, int],
     axes: tuple[Axis, ...] = (),
+    table: Array | None = None,
     out_dtype: Any,
 ) -> Array:
     """`v[i] = x[:, row[i]]^T @ y[:, j]` for i in `ptr[j]..ptr[j + 1]`: `v[e, *block]`.
 
-    With axes of space, x is `[n, source pixels * k]` and y `[n, target pixels * m]`, and
-    `v[i, tap]` is the sum of that over the pairs of pixels of a tap: `v[e, taps, *block]`.
+    With axes of space, and the `table` of their `Pairs`, x is `[n, source pixels * k]` and y
+    `[n, target pixels * m]`, and `v[i, tap]` is the sum of that over the pairs of pixels of a tap:
+    `v[e, taps, *block]`.
 
     Slots from `ptr[-1]` on hold anything. Tokens must be a multiple of `config.depth`,
     `config.tile` a multiple of the height of a block; there must be tokens and at least one slot.
@@ -48,11 +49,15 @@ def sddmm(
     columns, e = ptr.shape[0] - 1, row.shape[0]
     groups, total = _groups(ptr, most, min(e, e // most + columns))
     pairs, chunks = Pairs(axes), x.shape[0] // config.depth
-    ends = list(itertools.accumulate(chunks * count + 1 for count in pairs.counts))  # to write
-    group = jnp.arange(groups.shape[1], dtype=jnp.int32)[:, None] * ends[-1]
-    starts = group + jnp.asarray([0, *ends[:-1]], jnp.int32)[None]
-    starts = jnp.append(starts.reshape(starts.size), groups.shape[1] * ends[-1])
-    shares = _workers.shares(starts, 1, config.workers, split=config.split, total=total * ends[-1])
+    group = jnp.arange(groups.shape[1] + 1, dtype=jnp.int32)
+    if table is None:
+        each, starts = chunks + 1, group * (chunks + 1)  # one more, to write
+    else:
+        ends = jnp.cumsum(chunks * table[:, 0] + 1, dtype=jnp.int32)
+        each, before = ends[-1], ends - (chunks * table[:, 0] + 1)
+        starts = (group[:-1, None] * each + before[None]).reshape((group.size - 1) * pairs.taps)
+        starts = jnp.append(starts, group[-1] * each)
+    shares = _workers.shares(starts, 1, config.workers, split=config.split, total=total * each)
     if height < ROWS:
         x = x.T
     run = plgpu.kernel(
@@ -66,7 +71,7 @@ def sddmm(
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
     )
-    v, pieces = run(x, y, row, groups, shares.spans, *pairs.table())
+    v, pieces = run(x, y, row, groups, shares.spans, *() if table is None else (table,))
 
     def write(tile, first_row, sums, outs, tables, staging):
         _write(sums, staging, outs[0], first_row, tables[0], tile, pairs.taps)
@@ -93,7 +98,8 @@ def _groups(ptr: Array, most: int, room: int) -> tuple[Array, Array]:
 
 
 def _sddmm(x, y, row, groups, spans, *rest, config: Config, block: tuple[int, int], pairs: Pairs):
-    *table, v, pieces = rest
+    *tables, v, pieces = rest
+    table = tables[0] if tables else None
     height, width = block
     depth, most, rows = config.depth, config.tile // height, config.tile // config.warpgroups
     narrow, wide = height < ROWS, min(height, ROWS)

@@ -68,19 +68,20 @@ class Pairs:
             for count, run in zip(self.counts, runs, strict=True)
         ]
 
-    def table(self) -> tuple[Array, ...]:
-        """What a kernel has to be given."""
-        return (jnp.asarray(self.rows, jnp.int32),) if self.axes else ()
+    def table(self) -> Array:
+        """What a kernel has to be given: for each tap how many, and for each axis `_met`."""
+        return jnp.asarray(self.rows, jnp.int32)
 
-    def count(self, table: Sequence[Any], tap: Any) -> Any:
-        return table[0][tap, 0] if self.axes else 1
+    def count(self, table: Any, tap: Any) -> Any:
+        """How many, inside a kernel."""
+        return table[tap, 0] if self.axes else 1
 
-    def at(self, table: Sequence[Any], tap: Any, pair: Any) -> tuple[Any, Any]:
+    def at(self, table: Any, tap: Any, pair: Any) -> tuple[Any, Any]:
         """The source and the target pixel of a pair, flat."""
         source = target = 0
         if not self.axes:
             return source, target
-        runs = [[table[0][tap, 1 + 3 * i + k] for k in range(3)] for i in range(len(self.axes))]
+        runs = [[table[tap, 1 + 3 * i + k] for k in range(3)] for i in range(len(self.axes))]
         along = split(pair, [many for _, many, _ in runs])
         for axis, (first, _, begin), k in zip(self.axes, runs, along, strict=True):
             source = source * axis.source + begin + axis.stride * k
@@ -97,6 +98,11 @@ def _met(axis: Axis) -> list[tuple[int, int, int]]:
         first, source = pairs[0] if pairs else (0, 0)
         found.append((first, len(pairs), source))
     return found
+
+
+def tables(axes: Sequence[Axis], transpose: bool) -> tuple[Array, ...]:
+    """What a kernel has to be given."""
+    return tuple(reads(axis, transpose) for axis in axes)
 
 
 def split(index: Any, sizes: Sequence[Any]) -> list[Any]:

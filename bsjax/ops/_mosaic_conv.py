@@ -70,19 +70,24 @@ def _conv(
     """The kernel, with the epilogue that `options` name, on rows of images and perhaps of a
     residual."""
     from pallas_kernels import conv as kernels
-    from pallas_kernels import lists
+    from pallas_kernels import conv_config, lists, windows
     from pallas_kernels.epilogue import Epilogue
 
     br, bc = p.block
     sizes, blocks = ((bc, br), p.grid[0]) if transpose else ((br, bc), p.grid[1])
-    epilogue = Epilogue(**options)
+    epilogue, axes = Epilogue(**options), _axes(form)
+    places = windows.tables(axes, transpose)
 
     def run(*args: Array) -> tuple[Array, ...]:
         n, bytes_ = args[0].shape[0], jnp.dtype(out_dtype).itemsize
-        chosen = config.for_conv(n, sizes, bytes_, _mosaic.multiprocessors())
-        rows = (_mosaic._padded(a, chosen.tile) for a in args[: len(images)])
+        strips = kernels.strips(axes[-1], transpose)
+        workers = _mosaic.multiprocessors()
+        chosen = conv_config.for_conv(n, sizes, bytes_, workers, strips=strips)
+        tile = chosen.tile // chosen.pixels
+        rows = (_mosaic._padded(a, tile) for a in args[: len(images)])
         args = _mosaic._alike(*rows, *args[len(images) :])
-        (x, *residual), (values, row, col, *bias) = args[: len(images)], args[len(images) :]
+        (x, *residual), (values, row, col, *rest) = args[: len(images)], args[len(images) :]
+        tables, bias = rest[: len(places)], rest[len(places) :]
         steps = lists.of_pattern(row, col, p.grid, transpose=transpose)
         outs = kernels.conv(
             x,
@@ -91,7 +96,8 @@ def _conv(
             chosen,
             *bias,
             *residual,
-            axes=_axes(form),
+            axes=axes,
+            tables=tables,
             blocks=blocks,
             transpose=transpose,
             epilogue=epilogue,
@@ -99,9 +105,16 @@ def _conv(
         )
         return tuple(_mesh.vary(y, _mesh.varying(x))[:n] for y in outs)
 
-    weights = (values.reshape(p.capacity, math.prod(form.window), br, bc), p.row, p.col, *bias)
-    axes = ["n i", *["n o"] * (len(images) - 1), "e t a b", "e", "e", *["h c"] * len(bias)]
-    rule = f"{', '.join(axes)} -> {', '.join(['n o', 'n p'][: 1 + epilogue.keep])}"
+    weights = (
+        values.reshape(p.capacity, math.prod(form.window), br, bc),
+        p.row,
+        p.col,
+        *places,
+        *bias,
+    )
+    rule = ["n i", *["n o"] * (len(images) - 1), "e t a b", "e", "e"]
+    rule += [*["q r", "s u", "v w"][: len(places)], *["h c"] * len(bias)]
+    rule = f"{', '.join(rule)} -> {', '.join(['n o', 'n p'][: 1 + epilogue.keep])}"
     return _mosaic._on_each_device(run, images, weights, rule)
 
 
@@ -115,23 +128,26 @@ def taps(
     out_dtype: Any,
 ) -> Float[Array, "e ..."]:
     """The stored blocks, for each tap, of source times target."""
-    from pallas_kernels import lists, sampled_dense
+    from pallas_kernels import lists, sampled_dense, windows
 
-    def run(x: Array, y: Array, row: Array, col: Array) -> Array:
+    axes = _axes(form)
+    pairs = windows.Pairs(axes).table()
+
+    def run(x: Array, y: Array, row: Array, col: Array, table: Array) -> Array:
         workers, bytes_ = _mosaic.multiprocessors(), jnp.dtype(out_dtype).itemsize
         chosen = _mosaic._unsplit(config.for_sddmm(p.block, bytes_, workers))
         rows = (_mosaic._padded(a, chosen.depth) for a in (x, y))
-        x, y, row, col = _mosaic._alike(*rows, row, col)
+        x, y, row, col, table = _mosaic._alike(*rows, row, col, table)
         ptr = lists.pointers(col, p.grid[1])
-        v = sampled_dense.sddmm(
-            x, y, row, ptr, chosen, block=p.block, axes=_axes(form), out_dtype=out_dtype
-        )
+        options = {"block": p.block, "axes": axes, "table": table, "out_dtype": out_dtype}
+        v = sampled_dense.sddmm(x, y, row, ptr, chosen, **options)
         stored = jnp.arange(p.capacity, dtype=jnp.int32) < ptr[-1]
         v = _mesh.vary(v, _mesh.varying(x))
         return jnp.where(stored[:, None, None, None], v, 0)
 
     rows = tuple(a.reshape(a.shape[0], math.prod(a.shape[1:])) for a in (x, y))
-    v = _mosaic._on_each_device(run, rows, (p.row, p.col), "n i, n o, e, e -> e t a b")
+    weights, rule = (p.row, p.col, pairs), "n i, n o, e, e, q r -> e t a b"
+    v = _mosaic._on_each_device(run, rows, weights, rule)
     return v.reshape(p.capacity, *form.window, *p.block)
 
 

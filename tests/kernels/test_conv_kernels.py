@@ -47,8 +47,9 @@ def conforms(space, window, dtype=bf16, block=64, **options):
 @pytest.mark.parametrize(
     ("space", "window", "options"),
     [
-        ((2, 3), (3, 3), {}),
-        ((4, 3), (3, 2), {"strides": 2, "dtype": f16, "block": (32, 64), "lead": ()}),
+        ((2, 3), (3, 3), {"mask": MASK[::2, :1]}),
+        ((3, 3), (3, 2), {"strides": 2, "dtype": f16, "block": (32, 64), "lead": ()}),
+        slow((2, 5), (3, 3), {}),
         slow((3, 5), (3, 3), {"strides": (2, 1), "padding": ((2, 0), (0, 1)), "dilation": (1, 2)}),
         slow((4, 3), (3, 3), {"strides": 2, "transpose": True}),
         slow((3, 2), (3, 3), {"transpose": True, "padding": "VALID", "block": (64, 32)}),
@@ -62,6 +63,31 @@ def conforms(space, window, dtype=bf16, block=64, **options):
 )
 def test_y_and_both_gradients(space, window, options):
     conforms(space, window, **options)
+
+
+@pytest.mark.interpreted
+@pytest.mark.slow
+def test_pixels_on_their_own(monkeypatch):
+    """Where neighbours could share what they read."""
+    monkeypatch.setattr(kernels, "strips", lambda *_: {})
+    jax.clear_caches()
+    conforms((3, 4), (3, 3))
+
+
+@pytest.mark.interpreted
+@pytest.mark.slow
+@pytest.mark.parametrize("pixels", [2, 4, 8])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_strips_of_pixels(pixels, transpose, monkeypatch):
+    """The last strip of a line has fewer, and windows read beyond both ends of it."""
+    every = kernels.strips
+
+    def only(*args):
+        return {k: v for k, v in every(*args).items() if k == pixels}
+
+    monkeypatch.setattr(kernels, "strips", only)
+    jax.clear_caches()
+    conforms((2, 9), (2, 3), transpose=transpose, mask=MASK[::2, :1], dilation=(1, 2))
 
 
 @pytest.mark.interpreted
@@ -115,10 +141,9 @@ def test_taps_of_a_pixel(axis, transpose):
 def test_pairs_of_pixels():
     first, second = AXES[1], AXES[2]
     pairs = Pairs((first, second))
-    (table,) = pairs.table()
-    table = np.asarray(table)
+    table = np.asarray(pairs.table())
     found = {
-        (tap, *map(int, pairs.at((table,), tap, pair)))
+        (tap, *map(int, pairs.at(table, tap, pair)))
         for tap in range(pairs.taps)
         for pair in range(pairs.counts[tap])
     }
