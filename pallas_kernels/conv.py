@@ -1,10 +1,11 @@
 """A convolution over stored blocks of channels, and its transpose from the same values.
 
 Images lie as they are, `x[n, pixels * channels]`, and an output tile is one pixel of many images
-(or a few neighbours, see `conv_strip`), times one block of channels. So every (tap, stored block) is a product of rows of x, at the columns
-of the pixel that the tap reads, and of a block of the values: `matmul` with another list of steps.
-Nobody writes down windows or zeros around the image, taps outside it are no steps at all, and any
-stride, dilation, padding and transpose is a table of a few numbers for each pixel of an axis.
+(or a few neighbours, see `conv_strip`), times one block of channels. So every (tap, stored block)
+is a product of rows of x, at the columns of the pixel that the tap reads, and of a block of the
+values: `matmul` with another list of steps. Nobody writes down windows or zeros around the image,
+taps outside it are no steps at all, and any stride, dilation, padding and transpose is a table of a
+few numbers for each pixel of an axis.
 
 (A TMA copy of a box of neighbouring pixels, which the windows of one image want, cannot be had from
 Pallas without a copy of x: where eight rows are a tile of what `wgmma` reads, the first one has to

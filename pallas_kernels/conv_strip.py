@@ -25,6 +25,8 @@ from pallas_kernels.config import ROWS, Config
 from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.windows import Axis
 
+PENDING = 7  # products of the tensor cores that a program can wait beside
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Strip:
@@ -139,7 +141,7 @@ def kernel(
 
         def tile_of(images, place, block, turn):
             count = windows.count(tables, line(place)) * (ptr[block + 1] - ptr[block]) * cut
-            run = _ring.Run(count, product, window * mine)
+            run = _ring.Run(count, product, min(window * mine, PENDING))
             sums, turn = ring.sums(turn, (mine * ROWS, width_out), [run])
             free = _ring.Slots(staging.at[:, pl.ds(warpgroup * ROWS, ROWS)])
             lines, first = lax.div(place, strip.count), lax.rem(place, strip.count) * strip.pixels

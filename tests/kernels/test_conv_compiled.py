@@ -42,6 +42,9 @@ def compiles(f, block, dtype, space, window, channels, images=256, bias=False, *
     program, kernels = h200.compiled(step, *(h200.argument(place, *s) for s in shapes))
     checked(program, kernels)
     assert sum(kernel.wgmma > 0 for kernel in kernels) >= 3
+    written = "".join(path.read_text() for path in h200.DUMPS.glob("*.ptx"))
+    pending = re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", written)
+    assert max(map(int, pending)) <= 7  # beyond it an instruction has no number
     return program, kernels
 
 
