@@ -108,6 +108,24 @@ def test_images_stay_on_their_devices(how, monkeypatch):
 
 
 @pytest.mark.slow
+def test_vmap_loops_and_rematerialisation():
+    place = h200.mesh()
+    p = bsjax.BlockPattern.from_mask(np.eye(4, dtype=bool), 64)
+    x = h200.argument(place, (2, 128, 14, 14, 256), bf16)
+    values = h200.argument(place, (3, p.capacity, 3, 3, 64, 64), bf16)
+
+    def loss(values, x):
+        @jax.checkpoint
+        def layer(x, values):
+            return jnp.tanh(conv(p, x, values)), None
+
+        return jnp.sum(jax.lax.scan(layer, x, values)[0].astype(jnp.float32))
+
+    program, kernels = h200.compiled(jax.vmap(jax.grad(loss), (None, 0)), values, x)
+    checked(program, kernels)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("space", "window"), [((4000,), (5,)), ((8, 16, 16), (3, 3, 3))])
 def test_other_axes(space, window):
     compiles(conv, (64, 64), bf16, space, window, (128, 128), dilation=2)
