@@ -87,7 +87,7 @@ def test_strips_of_pixels(pixels, transpose, monkeypatch):
 
     monkeypatch.setattr(kernels, "strips", only)
     jax.clear_caches()
-    conforms((2, 9), (2, 3), transpose=transpose, mask=MASK[::2, :1], dilation=(1, 2))
+    conforms((1, 9), (2, 3), transpose=transpose, mask=MASK[::2, :1], dilation=(1, 2))
 
 
 @pytest.mark.interpreted
