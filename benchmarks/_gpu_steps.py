@@ -183,7 +183,9 @@ def lstm() -> list[Item]:
 
 
 CHECKOUT = Path(__file__).parent.parent
-FILES = ("tests/kernels/test_gpu.py", "tests/kernels/test_gpu_sampled.py")
+FILES = tuple(
+    f"tests/kernels/{name}.py" for name in ("test_gpu", "test_gpu_sampled", "test_gpu_attention")
+)
 TESTS = tuple(one for one in FILES if (CHECKOUT / one).exists())
 MOST_VALUABLE = 14  # problems of the tuner
 STEPS = [

@@ -97,6 +97,20 @@ def onto(sums: Array, accumulate: Callable[[Any], None]) -> Array:
     return pl.run_state(accumulate)(start)
 
 
+def onto_product(sums: Array, left: Array, right: Any) -> Array:
+    """`sums + left @ right`, with `left` in registers and `right` in shared memory."""
+    if _interpreted():  # no product reads registers there
+        wide = right[...].astype(jnp.float32)
+        plgpu.commit_smem()  # what was read may be overwritten
+        return sums + jnp.dot(left.astype(jnp.float32), wide, precision="highest")
+
+    def accumulate(acc):
+        plgpu.wgmma(acc, left, right)
+        plgpu.wgmma_wait(0)
+
+    return onto(sums, accumulate)
+
+
 def _interpreted() -> bool:
     """Whether what is traced now will be interpreted; JAX has no public name for it."""
     from jax._src import config
@@ -116,18 +130,23 @@ def ring(stages: int, warpgroups: int, copies: int, cluster: bool = False) -> Ri
     )
 
 
-def roles(warpgroups: int, load: Callable[[], None], multiply: Callable[[], None]) -> None:
+def roles(
+    warpgroups: int,
+    load: Callable[[], None],
+    multiply: Callable[[], None],
+    registers: tuple[int, int] = (LOADING, MULTIPLYING),
+) -> None:
     """The last warpgroup loads, the others multiply and get its registers."""
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup == warpgroups)
     def _():
-        plgpu.set_max_registers(LOADING, action="decrease")
+        plgpu.set_max_registers(registers[0], action="decrease")
         load()
 
     @pl.when(warpgroup < warpgroups)
     def _():
-        plgpu.set_max_registers(MULTIPLYING, action="increase")
+        plgpu.set_max_registers(registers[1], action="increase")
         multiply()
 
 

@@ -1,6 +1,7 @@
 """Flax Linen modules: parameters only, the arithmetic is in `bsjax.ops`."""
 
 import bsjax._serialization  # noqa: F401 - registers BlockPattern with flax.serialization
+from bsjax.linen._attention import BlockAttention as BlockAttention
 from bsjax.linen._conv import BlockConv as BlockConv
 from bsjax.linen._convert import from_nnx as from_nnx
 from bsjax.linen._convert import to_nnx as to_nnx
@@ -11,14 +12,17 @@ from bsjax.linen._recurrent import BlockMultiplicativeLSTMCell as BlockMultiplic
 from bsjax.linen._recurrent import SmallWorldLSTMCell as SmallWorldLSTMCell
 from bsjax.linen._rnn import RNN as RNN
 from bsjax.linen._sampled import SampledLinear as SampledLinear
+from bsjax.linen._transformer import BlockTransformerLayer as BlockTransformerLayer
 
 __all__ = [
     "RNN",
+    "BlockAttention",
     "BlockConv",
     "BlockLSTMCell",
     "BlockLinear",
     "BlockMLP",
     "BlockMultiplicativeLSTMCell",
+    "BlockTransformerLayer",
     "SampledLinear",
     "SmallWorldLSTMCell",
     "from_nnx",

@@ -36,6 +36,7 @@ class BlockMLP(nn.Module):
     param_dtype: Any = jnp.float32
     precision: Any = None
     kernel_init: inits.Initializer = inits.stored_fan_in()
+    down_kernel_init: inits.Initializer | None = None
     bias_init: inits.Initializer = jax.nn.initializers.zeros
     implementation: Implementation = "auto"
 
@@ -56,7 +57,7 @@ class BlockMLP(nn.Module):
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
                 precision=self.precision,
-                kernel_init=self.kernel_init,
+                kernel_init=(self.down_kernel_init if name == "down" else None) or self.kernel_init,
                 bias_init=self.bias_init,
                 implementation=self.implementation,
                 name=name,

@@ -20,9 +20,10 @@ class BlockMLP(nnx.Module):
     of D: by default the transpose, so that in_features and out_features are equal. Each is a
     `BlockPattern`, or a bool mask with `block=`.
 
-    Submodules `up`, `down` and `gate` are `BlockLinear`s, which take the remaining arguments; gate
-    and up share their variable `pattern`. The activation ("relu", "gelu", "silu", "tanh", "sigmoid"
-    or a function) and a residual run inside the kernel where one runs.
+    Submodules `up`, `down` and `gate` are `BlockLinear`s, which take the remaining arguments, and
+    `down` its `down_kernel_init` where it is given; gate and up share their variable `pattern`. The
+    activation ("relu", "gelu", "silu", "tanh", "sigmoid" or a function) and a residual run inside
+    the kernel where one runs.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class BlockMLP(nnx.Module):
         param_dtype: Any = jnp.float32,
         precision: Any = None,
         kernel_init: inits.Initializer = inits.stored_fan_in(),  # noqa: B008 - a pure function
+        down_kernel_init: inits.Initializer | None = None,
         bias_init: inits.Initializer = jax.nn.initializers.zeros,
         implementation: Implementation = "auto",
         rngs: nnx.Rngs,
@@ -48,7 +50,7 @@ class BlockMLP(nnx.Module):
         up = _layers.as_pattern("BlockMLP", pattern, block)
         down = _layers.down_pattern("BlockMLP", up, down_pattern, block)
 
-        def layer(features: tuple[int, int], p: Any, use_bias: bool) -> BlockLinear:
+        def layer(features: Any, p: Any, use_bias: bool, init: Any = kernel_init) -> BlockLinear:
             return BlockLinear(
                 *features,
                 pattern=p,
@@ -56,7 +58,7 @@ class BlockMLP(nnx.Module):
                 dtype=dtype,
                 param_dtype=param_dtype,
                 precision=precision,
-                kernel_init=kernel_init,
+                kernel_init=init,
                 bias_init=bias_init,
                 implementation=implementation,
                 rngs=rngs,
@@ -69,7 +71,8 @@ class BlockMLP(nnx.Module):
             self.gate.pattern = self.up.pattern  # one variable: it cannot be moved for one only
         else:
             self.gate = nnx.data(None)
-        self.down = layer((hidden_features, out_features or in_features), down, use_bias)
+        features = (hidden_features, out_features or in_features)
+        self.down = layer(features, down, use_bias, down_kernel_init or kernel_init)
         self.activation = activation
 
     def __call__(self, x: Any, *, residual: Any = None) -> Float[Array, "*n m"]:

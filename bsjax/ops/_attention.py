@@ -100,7 +100,6 @@ def attention(
         masks=functions,
         bias=function,
     )
-    check(spec)
     x = Operands(
         q=args.blocks_of(q, 3, p.block[0]),
         k=args.blocks_of(k, 3, p.block[1]),
@@ -109,5 +108,6 @@ def attention(
         bias_consts=floats,
         sinks=None if sinks is None else validate.sinks(sinks, h),
     )
+    check(spec, x, fixed)
     out = core.attention(spec, x, fixed)
     return out[:, :length].reshape(*lead, length, h, v.shape[-1])

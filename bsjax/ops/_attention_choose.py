@@ -2,7 +2,7 @@
 
 from typing import Any, get_args
 
-from bsjax.ops import _choose
+from bsjax.ops import _choose, _mosaic_attention
 from bsjax.ops._attention_tile import Fixed, Operands, Spec
 from bsjax.ops._choose import Implementation
 
@@ -14,17 +14,12 @@ CPU_SCORES, CPU_BREAK_EVEN = 1 << 19, 0.4  # queries times keys, and density
 ELSEWHERE_SCORES = 1 << 28
 
 
-def why_not(spec: Spec) -> str | None:
-    """The reason why no kernel can run an attention, or None if one can."""
-    return "there is no kernel for attention yet"
-
-
-def check(spec: Spec) -> None:
+def check(spec: Spec, x: Operands, p: Fixed) -> None:
     """An explicit request is kept or refused, never replaced."""
     if spec.name not in (known := get_args(Implementation.__value__)):
         names = ", ".join(f'"{name}"' for name in known)
         raise ValueError(f"attention: `implementation` must be one of {names}, got {spec.name!r}.")
-    if spec.name == "mosaic" and (reason := why_not(spec)):
+    if spec.name == "mosaic" and (reason := _mosaic_attention.why_not(spec, x, p)):
         _choose.refuse("attention", spec.name, reason)
 
 

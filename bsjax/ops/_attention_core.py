@@ -10,21 +10,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from bsjax.ops import _attention_dense, _attention_xla, _core
+from bsjax.ops import _attention_dense, _attention_xla, _core, _mosaic, _mosaic_attention
 from bsjax.ops._attention_choose import runs
 from bsjax.ops._attention_mesh import over_batch
 from bsjax.ops._attention_tile import Fixed, Operands, Spec, kept
 
 # each has `forward(spec, x, p) -> (out, lse)` and `backward(spec, x, p, out, lse, dout) -> grads`,
-# in what sums are kept in: a kernel for a GPU is one more of them
-_IMPLEMENTATIONS = {"xla": _attention_xla, "dense": _attention_dense}
+# in what sums are kept in, or at least in the dtype of q
+_IMPLEMENTATIONS = {"xla": _attention_xla, "dense": _attention_dense, "mosaic": _mosaic_attention}
 
 
 def attention(spec: Spec, x: Operands, p: Fixed) -> Array:
     """`[n, q, h, f]` in the dtype of q."""
     if spec.name == "reference":  # plain autodiff: that is what makes it the law
         return _attention_dense.attention(spec, x, p).astype(x.q.dtype)
-    return _compiled(spec, *_core.same_axes(x, p))
+    with _mosaic.in_words("attention"):
+        return _compiled(spec, *_core.same_axes(x, p))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -55,8 +56,9 @@ def _run(spec: Spec, what: str, *args: Any) -> Any:
 
     def of(name: str) -> Any:
         run = functools.partial(getattr(_IMPLEMENTATIONS[name], what), spec)
-        # XLA finds the placement of a dense product by itself
-        return run if name == "dense" else functools.partial(over_batch, run)
+        # XLA finds the placement of a dense product by itself, and kernels run on GPUs only
+        alone = name == "dense" or (name == "mosaic" and not _mosaic.several_gpus())
+        return run if alone else functools.partial(over_batch, run)
 
     if spec.name != "auto":
         return of(spec.name)(*args)

@@ -28,9 +28,14 @@ def why_not(problem: "Problem") -> str | None:
         return reason
     if isinstance(problem.n, int) and _steps(problem) > config.MOST_STEPS:
         return f"{problem.n} tokens times {problem.capacity} slots are more than int32 counts"
-    if jax.default_backend() == "gpu":  # a CPU may interpret, or compile for a GPU elsewhere
-        return _no_hopper(jax.devices()[0])
-    return None
+    return no_gpu()
+
+
+def no_gpu() -> str | None:
+    """The reason why kernels do not run on the GPU that is here."""
+    if jax.default_backend() != "gpu":  # a CPU may interpret, or compile for a GPU elsewhere
+        return None
+    return _no_hopper(jax.devices()[0])
 
 
 def _no_hopper(device: Any) -> str | None:
@@ -145,7 +150,7 @@ def _matmul(
         options = {"density": density, "tuned": _key(op, args[0], sizes, density)}
         chosen = _unsplit(config.for_matmul(n, sizes, bytes_, multiprocessors(), **options))
         tile = chosen.tile * chosen.cluster
-        args = _alike(*(_padded(a, tile) for a in args[: len(tokens)]), *args[len(tokens) :])
+        args = alike(*(_padded(a, tile) for a in args[: len(tokens)]), *args[len(tokens) :])
         (x, *residual), (values, row, col, *bias) = args[: len(tokens)], args[len(tokens) :]
         steps = lists.of_pattern(row, col, p.grid, columns=chosen.columns, transpose=transpose)
         outs = block_sparse.matmul(
@@ -186,7 +191,7 @@ def sddmm(
         tuned = _key("sddmm", x, p.block, p.capacity / math.prod(p.grid))
         options = {"n": x.shape[0], "tuned": tuned}
         chosen = _unsplit(config.for_sddmm(p.block, bytes_, multiprocessors(), **options))
-        x, y, row, col = _alike(_padded(x, chosen.depth), _padded(y, chosen.depth), row, col)
+        x, y, row, col = alike(_padded(x, chosen.depth), _padded(y, chosen.depth), row, col)
         ptr = lists.pointers(col, p.grid[1])
         v = sampled_dense.sddmm(x, y, row, ptr, chosen, block=p.block, out_dtype=out_dtype)
         stored = jnp.arange(p.capacity, dtype=jnp.int32) < ptr[-1]
@@ -204,9 +209,7 @@ def why_not_gathered(dtypes: tuple[Any, Any], block: int, features: int) -> str 
         return f"kernels read slices of {config.SLICE} features, and `block` is {block}"
     if features // config.SLICE > config.SLICES:
         return f"{features} features are more than the {config.SLICES * config.SLICE} of a list"
-    if jax.default_backend() == "gpu":
-        return _no_hopper(jax.devices()[0])
-    return None
+    return no_gpu()
 
 
 def gathered(
@@ -245,7 +248,7 @@ def gathered(
         order, counts = lists.of_sample(weights, taken, block // config.SLICE)
         factors = lists.quotients(counts, same=same) if which == "contract" else counts
         tables = kernels.table(order), kernels.table(factors)
-        left, right, order, factors = _alike(left, right, *tables)
+        left, right, order, factors = alike(left, right, *tables)
         out = kernels.product(which, left, right, order, factors, chosen, **options)
         return _mesh.vary(out, _mesh.varying(left))[:n, :m]
 
@@ -298,7 +301,7 @@ def _padded(x: Array, tile: int, axis: int = 0) -> Array:
     return jnp.pad(x, more) if more[axis][1] else x
 
 
-def _alike(*arrays: Any) -> Any:
+def alike(*arrays: Any) -> Any:
     """All of them varying over the mesh axes that one of them varies over, as a kernel wants."""
     axes = _mesh.varying(*jax.tree.leaves(arrays))
     return jax.tree.map(lambda a: _mesh.vary(a, axes), arrays)

@@ -184,7 +184,8 @@ MESSAGES = {
     "kernel": (
         {"implementation": "mosaic"},
         ValueError,
-        'attention: implementation="mosaic" cannot run here: there is no kernel for attention yet. '
+        'attention: implementation="mosaic" cannot run here: there is no kernel for float32 (the '
+        "tensor cores would round it to 11 bits): cast q, k and v to bfloat16 or float16. "
         'Use implementation="auto", which takes the fastest that can.',
     ),
 }

@@ -1,0 +1,191 @@
+"""`BlockAttention` for Flax Linen."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from bsjax import _attention, _decoding
+from bsjax.linen._pattern import stored
+from bsjax.linen._products import call, frozen, product
+from bsjax.ops import Implementation
+
+LAYER = _attention.LAYER
+
+
+class BlockAttention(nn.Module):
+    """Multi-head attention that stores some blocks of scores, and computes only those.
+
+    The fields of `bsjax.nnx.BlockAttention`, without `in_features`, `in_kv_features`, `rngs` and
+    `keep_rngs`, with the submodules `query`, `key`, `value` and `out`. Random numbers as in
+    `nn.MultiHeadDotProductAttention`: streams "dropout", or the key `dropout_rng`, and "sampling".
+
+    Decoding as there: with `decode=True`, `init` with inputs of the whole sequence makes a
+    collection `cache`, and `apply(..., mutable=["cache"])` takes one position or several.
+    """
+
+    num_heads: int
+    _: dataclasses.KW_ONLY
+    qkv_features: int | None = None
+    out_features: int | None = None
+    num_kv_heads: int | None = None
+    mask: Any = None
+    pattern: Any = None
+    block: int | tuple[int, int] | None = None
+    rotary: bool = False
+    rotary_base: float = 10_000.0
+    sinks: bool = False
+    softcap: float | None = None
+    persistent: int = 0
+    projection_pattern: Any = None
+    projection_block: int | tuple[int, int] | None = None
+    projection_implementation: Implementation = "auto"
+    sampling: Mapping[str, Any] | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    dropout_rate: float = 0.0
+    deterministic: bool | None = None
+    precision: Any = None
+    kernel_init: Any = None
+    out_kernel_init: Any = None
+    out_gain: float = 1.0
+    bias_init: Any = jax.nn.initializers.zeros
+    out_bias_init: Any = None
+    use_bias: bool = True
+    decode: bool = False
+    normalize_qk: bool = False
+    implementation: Implementation = "auto"
+
+    def __post_init__(self) -> None:
+        names = ("pattern", "block", "projection_pattern", "projection_block")
+        fields = frozen(LAYER, {name: getattr(self, name) for name in names})
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs_q: Any,
+        inputs_k: Any = None,
+        inputs_v: Any = None,
+        *,
+        q_segment_ids: Any = None,
+        kv_segment_ids: Any = None,
+        kv_lengths: Any = None,
+        input_positions: Any = None,
+        deterministic: bool | None = None,
+        dropout_rng: Any = None,
+    ) -> Float[Array, "*n q m"]:
+        """As a call of `bsjax.nnx.BlockAttention`."""
+        own = inputs_k is None
+        inputs = _attention.inputs(inputs_q, inputs_k, inputs_v)
+        width = jnp.shape(inputs_q)[-1]
+        shared = ("num_heads", "num_kv_heads", "mask", "pattern", "block", "rotary", "rotary_base")
+        shared += ("softcap", "persistent", "dropout_rate", "implementation")
+        o, pattern = _attention.options(
+            qkv_features=self.qkv_features or width,
+            **{name: getattr(self, name) for name in shared},
+        )
+        sampled = self.deterministic if deterministic is None else deterministic
+        kv = o.num_kv_heads * o.head_dim
+        q, k, v = (
+            _attention.heads(call(self._projection(name, size), x, sampled), count)
+            for name, size, count, x in zip(
+                ("query", "key", "value"),
+                (o.num_heads * o.head_dim, kv, kv),
+                (o.num_heads, o.num_kv_heads, o.num_kv_heads),
+                inputs,
+                strict=True,
+            )
+        )
+        if self.normalize_qk:
+            norm: Any = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
+            q = nn.LayerNorm(name="query_ln", **norm)(q)
+            k = nn.LayerNorm(name="key_ln", **norm)(k)
+        params = self._params(o, pattern)
+        # `init` makes a cache as long as its inputs, and does not decode
+        if self.decode and own and self._cache(o, k):
+            others = (q_segment_ids, kv_segment_ids, kv_lengths)
+            y = self._decoded(o, q, k, v, input_positions, others, params)
+        else:
+            if self.decode and not own:
+                _decoding.check_cross(o, pattern)
+            if own and kv_segment_ids is None:
+                kv_segment_ids = q_segment_ids
+            q, k = _attention.positioned(o, q, k, input_positions, own)
+            y = _attention.attend(
+                o, q, k, v,
+                q_segment_ids=q_segment_ids,
+                kv_segment_ids=kv_segment_ids,
+                kv_lengths=kv_lengths,
+                key=self._dropout_key(deterministic, dropout_rng),
+                **params,
+            )  # fmt: skip
+        out = self._projection("out", self.out_features or width, self.out_gain)
+        return call(out, y, sampled)
+
+    def _projection(self, name: str, features: int, gain: float = 1.0) -> Any:
+        last = name == "out"
+        return product(
+            features,
+            pattern=(self.projection_pattern or {}).get(name),
+            sampling=self.sampling,
+            kernel_init=(self.out_kernel_init if last else None) or self.kernel_init,
+            bias_init=(self.out_bias_init if last else None) or self.bias_init,
+            gain=gain,
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+            implementation=self.projection_implementation,
+            name=name,
+        )
+
+    def _params(self, o: _attention.Options, pattern: Any) -> dict[str, Any]:
+        sinks = memory = None
+        if self.sinks:
+            shape = (self.num_heads,)
+            sinks = self.param("sinks", nn.initializers.zeros, shape, self.param_dtype)
+        if self.persistent:
+            shape = (o.persistent, o.num_kv_heads, o.head_dim)
+            key_init, value_init = _attention.memory_inits(o)
+            memory = _attention.Memory(
+                self.param("persistent_key", key_init, shape, self.param_dtype),
+                self.param("persistent_value", value_init, shape, self.param_dtype),
+            )
+        pattern = None if pattern is None else stored(self, pattern)
+        return {"pattern": pattern, "sinks": sinks, "memory": memory}
+
+    def _cache(self, o: _attention.Options, k: Array) -> bool:
+        """Whether there was a cache; if not, there is one now."""
+        found = self.has_variable("cache", "cached_key")
+        shape = (*k.shape[:-2], o.num_kv_heads * o.head_dim)
+        for name, value in zip(
+            ("cached_key", "cached_value", "cache_index"),
+            _decoding.empty(o, shape, k.dtype),
+            strict=True,
+        ):
+            self.variable("cache", name, lambda value=value: value)
+        return found
+
+    def _decoded(
+        self, o: Any, q: Array, k: Array, v: Array, positions: Any, others: Any, params: Any
+    ) -> Array:
+        names = ("cached_key", "cached_value", "cache_index")
+        state = _decoding.State(*(self.get_variable("cache", name) for name in names))
+        y, state = _decoding.step(o, state, q, k, v, positions, others, **params)
+        for name, value in zip(names, state, strict=True):
+            self.put_variable("cache", name, value)
+        return y
+
+    def _dropout_key(self, deterministic: bool | None, key: Any) -> Any:
+        if not self.dropout_rate:
+            return None
+        if nn.merge_param("deterministic", self.deterministic, deterministic):
+            return None
+        return self.make_rng("dropout") if key is None else key

@@ -1,0 +1,79 @@
+"""Functions of indices, evaluated inside a kernel: each element by itself, wherever it is."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Literal
+
+from bsjax.ops._hoist import Hoisted
+
+# primitives that compute each element from those at the same place, and that kernels lower
+_LOGIC = {"and", "not", "or", "xor", "select_n", "eq", "ne", "lt", "le", "gt", "ge"}
+_NUMBERS = {"abs", "add", "clamp", "div", "exp2", "integer_pow", "max", "min", "mul", "neg", "rem"}
+STEPS = _LOGIC | _NUMBERS | {"convert_element_type", "sign", "sub"}
+# leave every element where it is: axes are only ever added by what kernels do not have
+_SAME = {"broadcast_in_dim", "pvary", "pcast"}
+_CALLS = {"jit", "pjit"}
+
+
+def why_not(name: str, function: Hoisted) -> str | None:
+    """The reason why a kernel cannot evaluate a function of a head, queries and keys."""
+    closed = len(function.jaxpr.invars) - 3
+    if closed:
+        return (
+            f"the function `{name}` closes over {closed} array(s), and kernels know only indices: "
+            "write it as arithmetic on head, q_index and k_index, or use segment ids"
+        )
+    found = _foreign(function.jaxpr)
+    if found is None:
+        return None
+    return (
+        f"the function `{name}` takes a step that is not arithmetic on single elements, or that "
+        f"kernels do not have ({found})"
+    )
+
+
+def evaluate(function: Hoisted, head: Any, queries: Any, keys: Any) -> Any:
+    """Of a head, and of index arrays of equal shape; `why_not` must have nothing against it."""
+    (out,) = _steps(function.jaxpr, [head, queries, keys])
+    return jnp.broadcast_to(out, queries.shape)
+
+
+def _foreign(jaxpr: Any) -> str | None:
+    for step in jaxpr.eqns:
+        name = step.primitive.name
+        if name in _CALLS:
+            inner = step.params["jaxpr"]
+            if inner.consts:
+                return "a constant array"
+            if found := _foreign(inner.jaxpr):
+                return found
+        elif name not in STEPS | _SAME:
+            return name
+    return None
+
+
+def _steps(jaxpr: Any, args: list[Any]) -> list[Any]:
+    known = dict(zip(jaxpr.invars, args, strict=True))
+
+    def value(v: Any) -> Any:
+        return v.val if isinstance(v, Literal) else known[v]
+
+    for step in jaxpr.eqns:
+        inputs = [value(v) for v in step.invars]
+        if step.primitive.name in _CALLS:
+            outs = _steps(step.params["jaxpr"].jaxpr, inputs)
+        elif step.primitive.name in _SAME:
+            outs = inputs[:1]
+        else:
+            outs = [step.primitive.bind(*_alike(inputs, step.invars), **step.params)]
+        known.update(zip(step.outvars, outs, strict=True))
+    return [value(v) for v in jaxpr.outvars]
+
+
+def _alike(inputs: list[Any], variables: Any) -> list[Any]:
+    """Scalars beside arrays, as arrays."""
+    inputs = [jnp.asarray(a, v.aval.dtype) for a, v in zip(inputs, variables, strict=True)]
+    shape = max((jnp.shape(a) for a in inputs), key=len)
+    return [lax.broadcast_in_dim(a, shape, ()) if a.ndim < len(shape) else a for a in inputs]

@@ -1,0 +1,1 @@
+"""The Transformer modules of both dialects."""
