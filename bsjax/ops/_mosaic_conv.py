@@ -85,7 +85,7 @@ def _conv(
         chosen = conv_config.for_conv(n, sizes, bytes_, workers, strips=strips)
         tile = chosen.tile // chosen.pixels
         rows = (_mosaic._padded(a, tile) for a in args[: len(images)])
-        args = _mosaic._alike(*rows, *args[len(images) :])
+        args = _mosaic.alike(*rows, *args[len(images) :])
         (x, *residual), (values, row, col, *rest) = args[: len(images)], args[len(images) :]
         tables, bias = rest[: len(places)], rest[len(places) :]
         steps = lists.of_pattern(row, col, p.grid, transpose=transpose)
@@ -137,7 +137,7 @@ def taps(
         workers, bytes_ = _mosaic.multiprocessors(), jnp.dtype(out_dtype).itemsize
         chosen = _mosaic._unsplit(config.for_sddmm(p.block, bytes_, workers))
         rows = (_mosaic._padded(a, chosen.depth) for a in (x, y))
-        x, y, row, col, table = _mosaic._alike(*rows, row, col, table)
+        x, y, row, col, table = _mosaic.alike(*rows, row, col, table)
         ptr = lists.pointers(col, p.grid[1])
         options = {"block": p.block, "axes": axes, "table": table, "out_dtype": out_dtype}
         v = sampled_dense.sddmm(x, y, row, ptr, chosen, **options)
