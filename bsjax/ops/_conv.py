@@ -121,8 +121,8 @@ def conv(
     spec = Spec(implementation, precision, sums, dtype if by_kernel else None)
     rows = x.reshape(*lead, math.prod(into) * k)
     fits = residual is None or residual.dtype == x.dtype
-    named_only = not bare and gate is None and not callable(activation)
-    if by_kernel and named_only and fits and math.prod((*shape, rows.size, p.capacity)) > 0:
+    fits &= by_kernel and not bare and gate is None
+    if fits and not callable(activation) and math.prod((*shape, rows.size, p.capacity)) > 0:
         epilogue = _fused.Form(activation, space=form)  # at no pass over memory
         rest = None if residual is None else residual.reshape(*lead, math.prod(out) * m)
         sums = _core.to(spec, x)
