@@ -37,6 +37,7 @@ class Config:
     warpgroups: int = 2  # that multiply; one more loads
     columns: int = 1  # `matmul`: output blocks side by side that share what is read of x
     cluster: int = 1  # `matmul`: programs with other tokens that share what is read of the values
+    pixels: int = 1  # `conv`: neighbours in an output tile that share what they read
     depth: int = 64  # features (`matmul`) or tokens (`sddmm`) of a step
     stages: int = 4  # steps in flight
     slots: int = 1  # slices of an output tile that are on their way out

@@ -115,11 +115,13 @@ class Epilogue:
         operands: tuple[Any, ...],
         staging: _ring.Slots,
         barrier: Any,
+        biased: Any = None,
     ) -> None:
         """Writes the rows of an output block from there on, a slice at a time.
 
         `outs` are y and, with `keep`, what goes into the activation, or `total`; `operands` are
-        bias `[1, m]` and residual, as far as there are any, or z.
+        bias `[1, m]` and residual, as far as there are any, or z. If output blocks share a bias,
+        `biased` is the one whose bias this has.
         """
         if self.slope is not None:
             act, slope = ACTIVATIONS[self.slope], SLOPES[self.slope]
@@ -131,8 +133,9 @@ class Epilogue:
         def before(first: int) -> Array:
             part, columns = sums[:, first : first + width], block * sums.shape[1] + first
             if self.bias:
+                place = (block if biased is None else biased) * sums.shape[1] + first
                 own = plgpu.load(
-                    operands[0].at[0, pl.ds(columns, width)],
+                    operands[0].at[0, pl.ds(place, width)],
                     layout=plgpu.Layout.WGMMA.reduce(0),
                     optimized=False,
                 )

@@ -9,6 +9,7 @@ by side. They are read from a transposed copy of x, where one lies below the oth
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _ring, _workers
 from pallas_kernels.config import ROWS, SLICE, Config
+from pallas_kernels.windows import Axis, Pairs
 
 
 def sddmm(
@@ -29,9 +31,15 @@ def sddmm(
     config: Config,
     *,
     block: tuple[int, int],
+    axes: tuple[Axis, ...] = (),
+    table: Array | None = None,
     out_dtype: Any,
 ) -> Array:
     """`v[i] = x[:, row[i]]^T @ y[:, j]` for i in `ptr[j]..ptr[j + 1]`: `v[e, *block]`.
+
+    With axes of space, and the `table` of their `Pairs`, x is `[n, source pixels * k]` and y
+    `[n, target pixels * m]`, and `v[i, tap]` is the sum of that over the pairs of pixels of a tap:
+    `v[e, taps, *block]`.
 
     Slots from `ptr[-1]` on hold anything. Tokens must be a multiple of `config.depth`,
     `config.tile` a multiple of the height of a block; there must be tokens and at least one slot.
@@ -40,15 +48,22 @@ def sddmm(
     most = config.tile // height  # stored blocks in a group
     columns, e = ptr.shape[0] - 1, row.shape[0]
     groups, total = _groups(ptr, most, min(e, e // most + columns))
-    each = x.shape[0] // config.depth + 1  # one more, to write
-    starts = jnp.arange(groups.shape[1] + 1, dtype=jnp.int32) * each
+    pairs, chunks = Pairs(axes), x.shape[0] // config.depth
+    group = jnp.arange(groups.shape[1] + 1, dtype=jnp.int32)
+    if table is None:
+        each, starts = chunks + 1, group * (chunks + 1)  # one more, to write
+    else:
+        ends = jnp.cumsum(chunks * table[:, 0] + 1, dtype=jnp.int32)
+        each, before = ends[-1], ends - (chunks * table[:, 0] + 1)
+        starts = (group[:-1, None] * each + before[None]).reshape((group.size - 1) * pairs.taps)
+        starts = jnp.append(starts, group[-1] * each)
     shares = _workers.shares(starts, 1, config.workers, split=config.split, total=total * each)
     if height < ROWS:
         x = x.T
     run = plgpu.kernel(
-        functools.partial(_sddmm, config=config, block=block),
+        functools.partial(_sddmm, config=config, block=block, pairs=pairs),
         out_type=(
-            jax.ShapeDtypeStruct((e, *block), out_dtype),
+            jax.ShapeDtypeStruct((e * pairs.taps, *block), out_dtype),
             _workers.pieces(config, (config.tile, width)),
         ),
         grid=(config.workers,),
@@ -56,14 +71,14 @@ def sddmm(
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
     )
-    v, pieces = run(x, y, row, groups, shares.spans)
+    v, pieces = run(x, y, row, groups, shares.spans, *() if table is None else (table,))
 
-    def write(group, first_row, sums, outs, tables, staging):
-        _write(sums, staging, outs[0], first_row, tables[0], group)
+    def write(tile, first_row, sums, outs, tables, staging):
+        _write(sums, staging, outs[0], first_row, tables[0], tile, pairs.taps)
 
     scratch = (_staging(ROWS, width, out_dtype, 1),)
     (v,) = _workers.join((v,), pieces, shares, config, write, scratch, groups)
-    return v
+    return v.reshape(e, pairs.taps, *block) if axes else v
 
 
 def _groups(ptr: Array, most: int, room: int) -> tuple[Array, Array]:
@@ -82,34 +97,48 @@ def _groups(ptr: Array, most: int, room: int) -> tuple[Array, Array]:
     return jnp.stack([first, last - first, column]).astype(jnp.int32), ends[-1]
 
 
-def _sddmm(x, y, row, groups, spans, v, pieces, *, config: Config, block: tuple[int, int]):
+def _sddmm(x, y, row, groups, spans, *rest, config: Config, block: tuple[int, int], pairs: Pairs):
+    *tables, v, pieces = rest
+    table = tables[0] if tables else None
     height, width = block
     depth, most, rows = config.depth, config.tile // height, config.tile // config.warpgroups
     narrow, wide = height < ROWS, min(height, ROWS)
-    copies, steps = height // wide, y.shape[0] // depth
+    copies, chunks = height // wide, y.shape[0] // depth
+    # of a pixel
+    x_features, y_features = (
+        size // math.prod(axis)
+        for size, axis in (
+            (x.shape[0 if narrow else 1], [axis.source for axis in pairs.axes]),
+            (y.shape[1], [axis.target for axis in pairs.axes]),
+        )
+    )
     worker = lax.axis_index("worker")
 
+    def steps_of(tile):
+        return jnp.int32(chunks * pairs.count(table, lax.rem(tile, pairs.taps)))
+
     def walk(body):
-        return _workers.walk(spans, worker, lambda _: jnp.int32(steps + 1), body)
+        return _workers.walk(spans, worker, lambda tile: steps_of(tile) + 1, body)
 
     def load(x_tiles, y_tiles, ring):
         def piece(at: _workers.Piece, turn):
-            first, count, column = (groups[k, at.tile] for k in range(3))
+            group, tap = lax.div(at.tile, pairs.taps), lax.rem(at.tile, pairs.taps)
+            first, count, column = (groups[k, group] for k in range(3))
             # once, not at every step: waiting for each would take longer than the copies
             starts = [row[first + lax.min(k, count - 1)] * height for k in range(most)]
 
             def step(s, turn):
-                tokens = pl.ds(s * depth, depth)
+                tokens = pl.ds(lax.rem(s, chunks) * depth, depth)
+                x_pixel, y_pixel = pairs.at(table, tap, lax.div(s, chunks))
+                features = pl.ds(y_pixel * y_features + column * width, width)
                 stage, full = ring.free(turn)
-                plgpu.copy_gmem_to_smem(
-                    y.at[tokens, pl.ds(column * width, width)], y_tiles.at[stage], full
-                )
+                plgpu.copy_gmem_to_smem(y.at[tokens, features], y_tiles.at[stage], full)
                 for i in range(most * copies):
                     k, part = divmod(i, copies)
 
                     @pl.when(k < count)
                     def _(i=i, k=k, part=part):
-                        start = starts[k] + part * wide
+                        start = x_pixel * x_features + starts[k] + part * wide
                         if narrow:
                             source = x.at[pl.ds(start, wide), tokens]
                             target = x_tiles.at[stage, pl.ds(i * wide, wide)]
@@ -124,7 +153,7 @@ def _sddmm(x, y, row, groups, spans, v, pieces, *, config: Config, block: tuple[
 
                 return turn + 1
 
-            return lax.fori_loop(at.first, lax.min(at.last, steps), step, turn)
+            return lax.fori_loop(at.first, lax.min(at.last, steps_of(at.tile)), step, turn)
 
         ring.drain(walk(piece))
 
@@ -143,13 +172,14 @@ def _sddmm(x, y, row, groups, spans, v, pieces, *, config: Config, block: tuple[
                 )
 
         def piece(at: _workers.Piece, turn):
-            count = lax.max(lax.min(at.last, steps) - at.first, 0)
+            count = lax.max(lax.min(at.last, steps_of(at.tile)) - at.first, 0)
             run = _ring.Run(count, product, 1 if narrow else rows // ROWS)
             sums, turn = ring.sums(turn, (rows, width), [run])
 
             @pl.when(at.whole)
             def _():
-                _write(sums, staging.at[:, mine], v, warpgroup * rows, groups, at.tile)
+                row = warpgroup * rows
+                _write(sums, staging.at[:, mine], v, row, groups, at.tile, pairs.taps)
 
             _workers.keep(sums, at, worker, pieces, mine, config)
             return turn
@@ -178,10 +208,11 @@ def _staging(rows: int, width: int, dtype: Any, slots: int) -> Any:
     return _ring.swizzled((slots, rows, columns), columns, dtype)
 
 
-def _write(sums, staging, v, first_row, groups, group) -> None:
+def _write(sums, staging, v, first_row, groups, tile, taps) -> None:
     """Writes those rows of a group, from `first_row` on, that belong to stored blocks."""
     rows, height = sums.shape[0], v.shape[1]
     part = min(rows, height)
+    group, tap = lax.div(tile, taps), lax.rem(tile, taps)
     first, count = groups[0, group], groups[1, group]
 
     def copy(slot, columns):
@@ -190,9 +221,8 @@ def _write(sums, staging, v, first_row, groups, group) -> None:
 
             @pl.when(i < count)
             def _(k=k, i=i, start=start):
-                plgpu.copy_smem_to_gmem(
-                    slot.at[pl.ds(k, part)], v.at[first + i, pl.ds(start, part), columns]
-                )
+                to = v.at[(first + i) * taps + tap, pl.ds(start, part), columns]
+                plgpu.copy_smem_to_gmem(slot.at[pl.ds(k, part)], to)
 
     slots = _ring.Slots(staging)
     for start in range(0, sums.shape[1], slots.shape[1]):

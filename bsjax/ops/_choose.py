@@ -20,6 +20,8 @@ class Problem:
     capacity: int
     dtype: Any
     taps: int = 1  # of a convolution; then n is the number of its windows
+    pixels: int = 1  # of an image, of the larger that goes in or comes out
+    images: Any = None  # of a convolution, which kernels take for tokens
 
     @property
     def density(self) -> float:
@@ -78,7 +80,7 @@ def fastest(problem: Problem, platform: str) -> str:
     (r, c), (br, bc) = problem.grid, problem.block
     flops = max(1, 2 * problem.n * problem.taps * r * br * c * bc)
     if platform == "cuda":
-        table = GPU_BREAK_EVEN[problem.op]
+        table = GPU_BREAK_EVEN.get(problem.op, {})  # kernels of convolutions: not measured
         side = max((s for s in table if s <= min(problem.block)), default=0)
         worth = flops >= GPU_FLOPS and problem.density <= table.get(side, 0)
         return "mosaic" if worth else "dense"

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from bsjax.ops import _conv_core, _conv_form, _gate, _mesh, _products, _reference
+from bsjax.ops import _conv_core, _conv_form, _core, _fused, _gate, _mesh, _products, _reference
 from bsjax.ops import _validate as validate
 from bsjax.ops._activations import Activation, named
 from bsjax.ops._choose import Implementation, check
@@ -117,12 +117,22 @@ def conv(
     # an epilogue works on the unrounded sums
     bare = bias is None and act is None and residual is None
     sums = x.dtype if bare else _reference.accumulator(x, values)
-    spec = Spec(implementation, precision, sums)
+    by_kernel = implementation == "mosaic"
+    spec = Spec(implementation, precision, sums, dtype if by_kernel else None)
+    rows = x.reshape(*lead, math.prod(into) * k)
+    fits = residual is None or residual.dtype == x.dtype
+    fits &= by_kernel and not bare and gate is None
+    if fits and not callable(activation) and math.prod((*shape, rows.size, p.capacity)) > 0:
+        epilogue = _fused.Form(activation, space=form)  # at no pass over memory
+        rest = None if residual is None else residual.reshape(*lead, math.prod(out) * m)
+        sums = _core.to(spec, x)
+        return _fused.matmul(sums, transpose, epilogue, rows, values, p, bias, rest).reshape(shape)
     open_ = None
     if gate is not None:
-        values = _gate.scaled(values, gate, p)
+        scaled = _gate.scaled(values, gate, p)
+        # the tensor cores take 16 bits
+        values = scaled.astype(values.dtype) if by_kernel else scaled
         open_ = None if implementation == "reference" else _gate.opened(gate, p)
-    rows = x.reshape(*lead, math.prod(into) * k)
     y = _conv_core.conv(spec, form, transpose, rows, values, p, open_)
     if bias is not None:
         y = _mesh.per_token(_plus, y, bias.astype(y.dtype))

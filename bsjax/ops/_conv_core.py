@@ -15,14 +15,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from bsjax.ops import _conv_dense, _conv_reference, _conv_xla, _core, _mesh
+from bsjax.ops import _conv_dense, _conv_reference, _conv_xla, _core, _mesh, _mosaic, _mosaic_conv
 from bsjax.ops._choose import Problem
 from bsjax.ops._conv_form import Form
 from bsjax.ops._core import Spec
 from bsjax.pattern import BlockPattern, is_concrete
 
-# A kernel takes its place here, and `_mosaic.why_not` says what it cannot run.
-_IMPLEMENTATIONS = {"xla": _conv_xla, "dense": _conv_dense, "reference": _conv_reference}
+# `_mosaic.why_not` says what kernels cannot run
+_IMPLEMENTATIONS = {
+    "xla": _conv_xla,
+    "mosaic": _mosaic_conv,
+    "dense": _conv_dense,
+    "reference": _conv_reference,
+}
 
 type Open = tuple[BlockPattern, Array] | None  # the slots to read, and where values have them
 
@@ -59,6 +64,8 @@ def problem(op: str, form: Form, n: Any, p: BlockPattern, dtype: Any) -> Problem
         capacity=p.capacity,
         dtype=dtype,
         taps=math.prod(form.window),
+        pixels=max(math.prod(form.source), math.prod(form.target)),
+        images=n,
     )
 
 
@@ -71,13 +78,17 @@ def _run_conv(
     p: BlockPattern,
     open_: Open,
 ) -> Array:
-    run = _stage_conv if not is_concrete(x, values, p.row, p.col) else _jit_conv
-    return run(spec, form, transpose, x, values, p, open_)
+    if not is_concrete(x, values, p.row, p.col):
+        return _stage_conv(spec, form, transpose, x, values, p, open_)
+    with _mosaic.in_words("conv"):
+        return _jit_conv(spec, form, transpose, x, values, p, open_)
 
 
 def _run_taps(spec: Spec, form: Form, x: Array, y: Array, p: BlockPattern) -> Array:
-    run = _stage_taps if not is_concrete(x, y, p.row, p.col) else _jit_taps
-    return run(spec, form, x, y, p)
+    if not is_concrete(x, y, p.row, p.col):
+        return _stage_taps(spec, form, x, y, p)
+    with _mosaic.in_words("conv"):
+        return _jit_taps(spec, form, x, y, p)
 
 
 def _stage_conv(

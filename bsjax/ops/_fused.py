@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from bsjax.ops import _core, _mesh, _mosaic
+from bsjax.ops import _conv_core, _conv_form, _core, _mesh, _mosaic, _mosaic_conv
 from bsjax.ops._activations import ACTIVATIONS
 from bsjax.ops._core import Spec
 from bsjax.pattern import BlockPattern, is_concrete
@@ -22,6 +22,12 @@ class Form(NamedTuple):
 
     activation: str | None
     gated: bool = False  # columns of S are pairs of blocks; activation(left) * right
+    space: _conv_form.Form | None = None  # of a convolution: images are rows [pixels * channels]
+
+    @property
+    def bare(self) -> bool:
+        """Whether nothing has to be kept for a gradient."""
+        return self.activation is None and not self.gated
 
     def __call__(self, sums: Array, width: int) -> Array:
         """The same on an array, where blocks (or pairs) are so wide."""
@@ -56,6 +62,18 @@ def matmul(
 def _run(transpose, form, keep, x, values, p, bias, residual):
     def kernel(x: Array, weights: Any, *residual: Array) -> tuple[Array, ...]:
         values, p, bias = weights
+        if form.space is not None:
+            return _mosaic_conv.fused(
+                x,
+                values,
+                p,
+                form.space,
+                bias,
+                *residual or (None,),
+                transpose=transpose,
+                activation=form.activation,
+                keep=keep,
+            )
         return _mosaic.fused(
             x,
             values,
@@ -79,7 +97,7 @@ def _run_now(transpose, form, keep, *args):
     """Outside jit, compiled once for each size."""
     if not is_concrete(*jax.tree.leaves(args)):
         return _run(transpose, form, keep, *args)
-    with _mosaic.in_words("matmul"):
+    with _mosaic.in_words("matmul" if form.space is None else "conv"):
         return _jit_run(transpose, form, keep, *args)
 
 
@@ -91,7 +109,7 @@ def _fused(spec, transpose, form, x, values, p, bias, residual, probe):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _kept(spec, transpose, form, x, values, p, bias, residual):
     """y and what the activation was applied to (y itself where there is none)."""
-    keep = form != Form(None)
+    keep = not form.bare
     y, *before = _run_now(transpose, form, keep, x, values, p, bias, residual)
     return y, before[0] if keep else y
 
@@ -114,7 +132,7 @@ def _fused_bwd(spec, transpose, form, saved, dy):
 
 def _kept_bwd(spec, transpose, form, saved, cotangents):
     dy, dbefore = cotangents
-    if form == Form(None):  # both are y
+    if form.bare:  # both are y
         return _chain(spec, transpose, form, saved, dy + dbefore, None)[:-1]
     return _chain(spec, transpose, form, saved, dy, dbefore)[:-1]
 
@@ -124,22 +142,37 @@ def _chain(spec, transpose, form, saved, dy, dbefore):
     x, values, p, bias, residual, before = saved
     dy = jnp.asarray(dy)
     slope = dy.astype(jnp.float32)
-    if form != Form(None):
+    if not form.bare:
         width = p.block[0 if transpose else 1]
         apply = functools.partial(form, width=width)
         slope = jax.vjp(apply, before.astype(jnp.float32))[1](slope)[0]
     if dbefore is not None:
         slope = slope + jnp.asarray(dbefore).astype(jnp.float32)
     dsums = slope.astype(before.dtype)  # that of x
-    dx = _core.matmul(_core.to(spec, before), not transpose, dsums, values, p)
+    dx = _product(form, _core.to(spec, before), not transpose, dsums, values, p)
     dvalues = dbias = None
     if x is not None:
         pair = (dsums, x) if transpose else (x, dsums)
-        dvalues = _core.sddmm(_core.to(spec, values), *pair, p)
+        dvalues = _stored(form, _core.to(spec, values), *pair, p)
     if bias is not None:
-        dbias = jnp.sum(slope, axis=tuple(range(slope.ndim - 1))).astype(bias.dtype)
+        dbias = jnp.sum(slope, axis=tuple(range(slope.ndim - 1)))
+        if form.space is not None:
+            dbias = jnp.sum(dbias.reshape(dbias.size // bias.size, bias.size), axis=0)
+        dbias = dbias.astype(bias.dtype)
     dresidual = None if residual is None else dy.astype(residual.dtype)
     return dx, dvalues, None, dbias, dresidual, dsums
+
+
+def _product(form, spec, transpose, x, values, p):
+    if form.space is None:
+        return _core.matmul(spec, transpose, x, values, p)
+    return _conv_core.conv(spec, form.space, transpose, x, values, p)
+
+
+def _stored(form, spec, x, y, p):
+    if form.space is None:
+        return _core.sddmm(spec, x, y, p)
+    return _conv_core.taps(spec, form.space, x, y, p)
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)

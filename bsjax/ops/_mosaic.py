@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 def why_not(problem: "Problem") -> str | None:
     """The reason why no kernel can run `problem`, or None if one can."""
-    if problem.taps > 1:
-        return f"there is no kernel for a convolution with {problem.taps} taps"
     if reason := config.why_not(jnp.dtype(problem.dtype).name, problem.block):
         return reason
     if isinstance(problem.n, int) and _steps(problem) > config.MOST_STEPS:
@@ -312,4 +310,6 @@ def alike(*arrays: Any) -> Any:
 def _steps(problem: "Problem") -> int:
     """The most that any of the three products of a training step takes."""
     parts = max(1, max(problem.block) // 64)
-    return math.ceil(problem.n / 64) * (problem.capacity * parts + max(problem.grid))
+    tokens = problem.n if problem.images is None else problem.images
+    each = problem.capacity * parts * problem.taps + max(problem.grid)
+    return math.ceil(tokens / 64) * problem.pixels * each

@@ -103,8 +103,9 @@ def test_images_that_do_not_fit():
         ),
         (
             {"implementation": "mosaic"},
-            'conv: implementation="mosaic" cannot run here: there is no kernel for a convolution '
-            'with 6 taps. Use implementation="auto", which takes the fastest that can.',
+            'conv: implementation="mosaic" cannot run here: there is no kernel for float32 (the '
+            "tensor cores would round it to 11 bits): cast x and the values to bfloat16 or "
+            'float16. Use implementation="auto", which takes the fastest that can.',
         ),
         (
             {"implementation": "fast"},
