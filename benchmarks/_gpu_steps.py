@@ -184,7 +184,8 @@ def lstm() -> list[Item]:
 
 CHECKOUT = Path(__file__).parent.parent
 FILES = tuple(
-    f"tests/kernels/{name}.py" for name in ("test_gpu", "test_gpu_sampled", "test_gpu_attention")
+    f"tests/kernels/{name}.py"
+    for name in ("test_gpu", "test_gpu_sampled", "test_gpu_attention", "test_gpu_conv")
 )
 TESTS = tuple(one for one in FILES if (CHECKOUT / one).exists())
 MOST_VALUABLE = 14  # problems of the tuner
