@@ -127,3 +127,10 @@ def goal(case: Case, implementation: str) -> float | None:
 
 
 SPARSE = 0.25  # from here down stored blocks alone should be faster than the dense layer
+
+
+def on_gpu() -> Iterator[Case]:
+    """Two of the layers with as many images as they are trained with."""
+    layers = _resnet(28, 128, 128), _resnet(14, 256, 256)
+    layers = [dataclasses.replace(one, images=256) for one in layers]
+    yield from cases(layers, (64,), (0.5, 0.25), ("bfloat16",), ("mosaic",), seed=0)

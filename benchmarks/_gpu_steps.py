@@ -167,6 +167,42 @@ def sampled() -> list[Item]:
     ]
 
 
+def attention() -> list[Item]:
+    from benchmarks import _attention as suite
+
+    def run(case: Any, at: Context) -> Iterator[Record]:
+        yield from suite.measure(case, suite.WHAT, at.seed, None, 1.0)
+
+    return [
+        Item(
+            f"attention {case.pattern} {case.sparsity:g}",
+            25,
+            functools.partial(run, case),
+            lambda records: map(suite.line, records),
+        )
+        for case in suite.ON_GPU
+    ]
+
+
+def conv() -> list[Item]:
+    from benchmarks import _conv_cases as suite
+
+    def run(case: Any, at: Context) -> Iterator[Record]:
+        from benchmarks import conv
+
+        yield from conv.measure(case, at.programs, seed=at.seed, budget=1.0, rounds=None)
+
+    def lines(records: list[Record]) -> Iterator[str]:
+        from benchmarks import conv
+
+        yield from conv.lines(records)
+
+    return [
+        Item(f"conv {case.layer.name} {case.density:g}", 20, functools.partial(run, case), lines)
+        for case in suite.on_gpu()
+    ]
+
+
 def lstm() -> list[Item]:
     def run(_: Context) -> Iterator[Record]:
         from benchmarks import lstm
@@ -193,6 +229,8 @@ STEPS = [
     Step("ceilings", 10, ceilings),
     Step("quick tests", 20, tests=(*TESTS, "-m", "gpu and not slow"), seconds=90),
     Step("matmul", 30, functools.partial(suite, FIRST)),
+    Step("attention", 32, attention),
+    Step("conv", 34, conv),
     Step("sampled", 36, sampled),
     Step("lstm", 38, lstm),
     Step("tuner", 40, functools.partial(tuner, kernels.PROBLEMS[:MOST_VALUABLE])),

@@ -24,10 +24,10 @@ from benchmarks import _products as products
 from benchmarks._conv_cases import LAYERS, QUICK, Case, Layer, cases, goal
 from benchmarks._products import DENSE, PRODUCTS, Programs, Record, Runner
 from benchmarks._record import JsonLines, environment
-from benchmarks._timing import race
+from benchmarks._timing import clocked
 
 DTYPES = ("float32", "bfloat16", "float16")
-IMPLEMENTATIONS = ("xla", "auto", "dense")
+IMPLEMENTATIONS = ("xla", "auto", "dense", "mosaic")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,7 +143,7 @@ def measure(
         }
         runs = {name: Runner(ready[name], sparse) for name in wrong if not wrong[name]}
         runs[DENSE] = Runner(ready[DENSE], inputs)
-        times = race(runs, budget=budget, rounds=rounds)
+        times = clocked(runs, budget=budget, rounds=rounds)
         for name in case.implementations:
             temporary = products.temporary_bytes(ready[name])
             timed = not wrong[ran[name]]

@@ -26,7 +26,7 @@ from benchmarks import _flags as flags
 from benchmarks import _lstm_cases as cases
 from benchmarks._lstm_cases import CASES, CELLS, Case
 from benchmarks._record import JsonLines, environment
-from benchmarks._timing import race, spread
+from benchmarks._timing import clocked, spread
 
 type Record = dict[str, Any]
 
@@ -51,7 +51,7 @@ def infer(cell: Any, carry: Any, x: jax.Array) -> Any:
 
 def measure(case: Case, *, rounds: int, parts: Sequence[str] = PARTS) -> Iterator[Record]:
     """A record for each part, or one that says why a cell is wrong."""
-    about = dataclasses.asdict(case)
+    about = {"benchmark": "lstm"} | dataclasses.asdict(case)
     if reason := cases.check(case):
         yield about | {"part": "check", "refused": reason}
         return
@@ -60,7 +60,7 @@ def measure(case: Case, *, rounds: int, parts: Sequence[str] = PARTS) -> Iterato
     cells = {SPARSE: sparse} | {name: cases.dense(case, m) for name, m in dense.items()}
     for part in parts:
         runs = {"train": _training, "infer": _inference, "product": _products}[part](case, cells)
-        times = _raced(runs, rounds)
+        times = clocked(runs, rounds=rounds)
         read = case.bytes if part == "train" else case.batch
         of = {
             name: {
@@ -112,14 +112,6 @@ def _products(case: Case, cells: dict[str, Any]) -> dict[str, Callable[[int], An
         return lambda i: f(hs[i % 2], values, p)
 
     return {name: run(cells[name]) for name in (SPARSE, WIDE)}
-
-
-def _raced(runs: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, np.ndarray]:
-    if jax.default_backend() == "cpu":
-        return race(runs, rounds=rounds)
-    from benchmarks._gpu_clock import measured
-
-    return {name: one.seconds for name, one in measured(runs, rounds=rounds).items()}
 
 
 def table(record: Record) -> Iterator[str]:

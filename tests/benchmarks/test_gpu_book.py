@@ -105,8 +105,8 @@ def test_the_plan_names_every_item_and_its_floor(capsys, tmp_path):
 
 def test_the_most_telling_comes_first():
     names = [step.name for step in _gpu_steps.ordered()]
-    first = ["ceilings", "quick tests", "matmul", "sampled", "lstm", "tuner"]
-    assert names[:6] == first
+    first = ["ceilings", "quick tests", "matmul", "attention", "conv", "sampled", "lstm", "tuner"]
+    assert names[:8] == first
     assert len({item.name for step in _gpu_steps.STEPS for item in step.items()}) == sum(
         len(step.items()) for step in _gpu_steps.STEPS
     )
