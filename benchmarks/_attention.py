@@ -14,7 +14,7 @@ from bsjax import masks
 
 type Record = dict[str, Any]
 
-WHAT = ("forward", "forward and backward")
+FORWARD, BOTH = WHAT = ("forward", "forward and backward")
 GOAL = 0.25  # of dense time, in the case that GOAL_CASE names
 GOAL_CASE = {"tokens": 4096, "head_dim": 64, "dtype": "float32", "sparsity": 0.9}
 MOST_SCORES = 2**29  # of the dense peer: more do not fit the memory of a laptop
@@ -36,18 +36,26 @@ class Case:
 
 
 class Made(NamedTuple):
-    """Blocks, flags of full ones, an element mask if there is one, and whether it is causal."""
+    """Blocks, flags of full ones, and the causal window inside them if there is one."""
 
     p: bsjax.BlockPattern
-    full: Any
-    mask: Any
-    causal: bool
+    full: Any = None
+    window: int | None = None
+
+    @property
+    def causal(self) -> bool:
+        return self.window is not None
+
+    @property
+    def mask(self) -> Any:
+        """Of elements."""
+        return None if self.window is None else masks.causal() & masks.window(self.window)
 
 
 def _random(case: Case, seed: int) -> Made:
     side = -(-case.tokens // case.block)
     mask = bsjax.patterns.random((side, side), 1 - case.sparsity, seed=seed)
-    return Made(bsjax.BlockPattern.from_mask(mask, case.block), None, None, False)
+    return Made(bsjax.BlockPattern.from_mask(mask, case.block))
 
 
 def _window(case: Case, seed: int) -> Made:
@@ -56,9 +64,14 @@ def _window(case: Case, seed: int) -> Made:
     blocks = np.arange(1, side + 1)  # stored on average, of a band so many blocks wide
     stored = (blocks * side - blocks * (blocks - 1) / 2) / side**2
     width = int(blocks[np.abs(stored - (1 - case.sparsity)).argmin()]) - 1
-    mask = masks.causal() & masks.window(width * case.block)
+    return window(case, width * case.block)
+
+
+def window(case: Case, width: int) -> Made:
+    """A causal window of that width. The longest is causal attention."""
+    mask = masks.causal() & masks.window(width)
     p, full = mask.pattern((case.tokens, case.tokens), case.block)
-    return Made(p, full, mask, True)
+    return Made(p, full, width)
 
 
 PATTERNS = {"random": _random, "window": _window}
@@ -74,37 +87,19 @@ def measure(
 ) -> Iterator[Record]:
     """A record for the forward pass, and one with the gradients."""
     made = PATTERNS[case.pattern](case, seed)
-    about = (
-        {"benchmark": "attention"}
-        | dataclasses.asdict(case)
-        | {
-            "stored": made.p.density,
-            "goal": GOAL if all(getattr(case, k) == v for k, v in GOAL_CASE.items()) else None,
-            "refused": None,
-            "skipped": None,
-        }
-    )
-    library: Any = _peer(case.dtype)
+    about = {"benchmark": "attention"} | describe(case, made)
+    about["goal"] = GOAL if all(getattr(case, k) == v for k, v in GOAL_CASE.items()) else None
+    library = peer(case.dtype)
     if library == "xla" and case.heads * case.tokens**2 > MOST_SCORES:
         about["skipped"] = "dense attention would need too much memory"
-    rng = np.random.default_rng(seed)
-    shape = (1, case.tokens, case.heads, case.head_dim)
-    args = tuple(jnp.asarray(rng.normal(size=shape)).astype(case.dtype) for _ in range(4))
-
-    def ours(q: Any, k: Any, v: Any, p: Any, full: Any) -> Any:
-        name: Any = case.implementation
-        return bsjax.attention(q, k, v, p, mask=made.mask, full=full, implementation=name)
-
-    def dense(q: Any, k: Any, v: Any) -> Any:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=made.causal, implementation=library)
-
+    args, both = draws(case, seed), (sparse(made, case.implementation), dense(made, library))
     pairs = {
-        "forward": (jax.jit(ours), jax.jit(dense)),
-        "forward and backward": (_with_gradients(ours), _with_gradients(dense)),
+        FORWARD: tuple(map(jax.jit, both)),
+        BOTH: tuple(map(with_gradients, both)),
     }
     try:
         if not about["skipped"]:
-            both, kernels = pairs["forward and backward"][0], case.implementation == "mosaic"
+            both, kernels = pairs[BOTH][0], case.implementation == "mosaic"
             about["refused"] = wrong(made, both, args, seed, rounds_probabilities=kernels)
     except ValueError as error:
         if "cannot run here" not in str(error):
@@ -113,9 +108,8 @@ def measure(
     for name in what:
         record = about | {"what": name, "peer": library}
         if not (record["refused"] or record["skipped"]):
-            given = args if name != "forward" else args[:3]
-            run, peer = pairs[name]
-            record |= _timed(run, peer, given, made, rounds, budget)
+            given = args if name != FORWARD else args[:3]
+            record |= _timed(*pairs[name], given, made, rounds, budget)
             # FLOP/s of stored blocks over those that the dense peer needs
             needed = 0.5 if made.causal and library == "cudnn" else 1.0
             record["efficiency"] = made.p.density / needed / record["ratio"]
@@ -123,13 +117,46 @@ def measure(
         yield record
 
 
-def _peer(dtype: str) -> str:
+def describe(case: Case, made: Made) -> Record:
+    """What a record says of a case, timed or not."""
+    more = {"stored": made.p.density, "refused": None, "skipped": None}
+    return dataclasses.asdict(case) | more
+
+
+def draws(case: Case, seed: int) -> tuple[jax.Array, ...]:
+    """q, k, v, and a cotangent of the result."""
+    rng = np.random.default_rng(seed)
+    shape = (1, case.tokens, case.heads, case.head_dim)
+    return tuple(jnp.asarray(rng.normal(size=shape)).astype(case.dtype) for _ in range(4))
+
+
+def sparse(made: Made, implementation: Any) -> Callable[..., Any]:
+    """`f(q, k, v, blocks, full)` of this library."""
+
+    def attend(q: Any, k: Any, v: Any, p: Any, full: Any) -> Any:
+        return bsjax.attention(q, k, v, p, mask=made.mask, full=full, implementation=implementation)
+
+    return attend
+
+
+def dense(made: Made, library: Any) -> Callable[..., Any]:
+    """`f(q, k, v)` of JAX."""
+
+    def attend(q: Any, k: Any, v: Any) -> Any:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=made.causal, implementation=library)
+
+    return attend
+
+
+def peer(dtype: Any) -> str:
     """What JAX calls the fastest dense attention here."""
     fused = jax.default_backend() == "gpu" and jnp.dtype(dtype).itemsize == 2
     return "cudnn" if fused else "xla"
 
 
-def _with_gradients(f: Callable[..., Any]) -> Callable[..., Any]:
+def with_gradients(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`(y, dq, dk, dv)` of `(q, k, v, dout, ...)`, compiled."""
+
     def run(q: Any, k: Any, v: Any, dout: Any, *rest: Any) -> Any:
         out, pull = jax.vjp(lambda q, k, v: f(q, k, v, *rest), q, k, v)
         return out, *pull(dout)

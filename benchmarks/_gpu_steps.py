@@ -184,6 +184,25 @@ def attention() -> list[Item]:
     ]
 
 
+def attention_peers() -> list[Item]:
+    from benchmarks import _attention as suite
+    from benchmarks import _attention_peers as peers
+
+    def run(name: str, case: Any, at: Context) -> Iterator[Record]:
+        yield from peers.measure(name, case, at.seed)
+
+    return [
+        Item(
+            f"attention peer {name}, {case.pattern} {case.sparsity:g}",
+            30,
+            functools.partial(run, name, case),
+            lambda records: map(suite.line, records),
+        )
+        for case in suite.ON_GPU
+        for name in peers.PEERS
+    ]
+
+
 def conv() -> list[Item]:
     from benchmarks import _conv_cases as suite
 
@@ -236,6 +255,7 @@ STEPS = [
     Step("tuner", 40, functools.partial(tuner, kernels.PROBLEMS[:MOST_VALUABLE])),
     Step("rest of matmul", 50, functools.partial(suite, REST)),
     Step("peers", 60, peers),
+    Step("attention peers", 62, attention_peers),
     Step("slow tests", 70, tests=(*TESTS, "-m", "gpu and slow"), seconds=120),
     Step("rest of the tuner", 80, functools.partial(tuner, kernels.PROBLEMS[MOST_VALUABLE:])),
 ]

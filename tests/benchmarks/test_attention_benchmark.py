@@ -1,6 +1,7 @@
 """`python -m benchmarks.attention` on sequences so short that nothing takes long."""
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import _attention as suite
+from benchmarks import _attention_peers as peers
 from benchmarks import attention
 from tests.helpers import slow
 
@@ -80,3 +82,80 @@ def test_summary():
         "slower than dense: 4096 tokens random b=64 0.100 xla forward: 0.8x (0.5-1.0) as fast as "
         "dense, 3.0 ms",
     ]
+
+
+# ------------------------------------------------------------------------------ other packages
+
+CASES = [suite.Case(64, 1, 8, 16, "float32", pattern, 0.5, "mosaic") for pattern in suite.PATTERNS]
+
+
+def offers(change=0.0):
+    """A package that is NumPy-like: dense attention with the stored blocks as a mask."""
+
+    def of(made, args):
+        q, k, v, dout = args
+        run = suite.with_gradients(suite.sparse(made, "reference"))
+
+        def both():
+            y, *rest = run(q, k, v, dout, made.p, made.full)
+            return y, *(a * (1 + change) for a in rest)
+
+        forms = {suite.FORWARD: {"form": lambda: both()[0]}, suite.BOTH: {"form": both}}
+        passes = {what: forms[what]["form"] for what in suite.WHAT}
+        return peers.Attention(forms, passes, jax.block_until_ready, np.asarray, sparse=True)
+
+    return of
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.pattern)
+def test_a_peer_is_timed_where_it_is_right(case):
+    good, bad = (list(peers.measure("it", case, 0, offers(change))) for change in (0.0, 0.1))
+    for one in good:
+        assert one["skipped"] is None
+        assert (one["program"], one["reasons"]) == ("form", [])
+        assert one["ratio"] > 0
+        assert "as fast as dense" in suite.line(one)
+    assert bad[0]["skipped"] is None  # the result itself is right
+    assert bad[1]["skipped"].startswith("form: wrong by ")
+
+
+@pytest.mark.parametrize("name", peers.PEERS)
+def test_a_peer_that_is_missing_or_needs_a_gpu_says_so(name):
+    found = list(peers.measure(name, CASES[0], 0))
+    assert [one["what"] for one in found] == list(suite.WHAT)
+    assert all(one["skipped"] and "ratio" not in one for one in found)
+    assert all("skipped (" in suite.line(one) for one in found)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.pattern)
+def test_block_masks_of_flex_attention(case):
+    """What it is told is the stored blocks, the full ones apart, and the mask inside the others."""
+    made = suite.PATTERNS[case.pattern](case, 0)
+    torch = types.SimpleNamespace(tensor=lambda a, device: a)
+    mask = types.SimpleNamespace(from_kv_blocks=lambda *args, **options: (args, options))
+    (some, at, whole, full), options = peers.block_mask(
+        torch, types.SimpleNamespace(BlockMask=mask), made, case.tokens, "cpu"
+    )
+    assert options["BLOCK_SIZE"] == (16, 16)
+    seen = np.zeros((case.tokens, case.tokens), bool)
+    for counts, columns, inside in ((some, at, options["mask_mod"]), (whole, full, None)):
+        for row in range(4):
+            for column in columns[0, 0, row, : counts[0, 0, row]]:
+                q, k = np.ogrid[16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
+                assert not seen[q, k].any()
+                seen[q, k] = inside(0, 0, q, k) if inside else True
+    want = np.kron(np.asarray(made.p.mask()), np.ones((16, 16), bool))
+    if made.mask is not None:
+        want &= np.asarray(made.mask(0, *np.ogrid[: case.tokens, : case.tokens]))
+    np.testing.assert_array_equal(seen, want)
+
+
+def test_dense_peers_are_compared_with_dense_attention():
+    """Causal where the pattern is, else all of it."""
+    random, window = (peers.whole(case, suite.PATTERNS[case.pattern](case, 0)) for case in CASES)
+    args = suite.draws(CASES[0], 0)
+    for made, causal in ((random, False), (window, True)):
+        y = peers.wanted(made, args)[0]
+        want = jax.nn.dot_product_attention(*args[:3], is_causal=causal)
+        assert peers.relative(y, np.asarray(want)) is None
+        assert peers.relative(y, np.asarray(want)[::-1] * 1.1)
