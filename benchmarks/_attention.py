@@ -92,10 +92,10 @@ def measure(
     library = peer(case.dtype)
     if library == "xla" and case.heads * case.tokens**2 > MOST_SCORES:
         about["skipped"] = "dense attention would need too much memory"
-    args, both = draws(case, seed), (sparse(made, case.implementation), dense(made, library))
+    args, ours, theirs = draws(case, seed), sparse(made, case.implementation), dense(made, library)
     pairs = {
-        FORWARD: tuple(map(jax.jit, both)),
-        BOTH: tuple(map(with_gradients, both)),
+        FORWARD: (jax.jit(ours), jax.jit(theirs)),
+        BOTH: (with_gradients(ours), with_gradients(theirs)),
     }
     try:
         if not about["skipped"]:
@@ -109,7 +109,7 @@ def measure(
         record = about | {"what": name, "peer": library}
         if not (record["refused"] or record["skipped"]):
             given = args if name != FORWARD else args[:3]
-            record |= _timed(*pairs[name], given, made, rounds, budget)
+            record |= _timed(pairs[name], given, made, rounds, budget)
             # FLOP/s of stored blocks over those that the dense peer needs
             needed = 0.5 if made.causal and library == "cudnn" else 1.0
             record["efficiency"] = made.p.density / needed / record["ratio"]
@@ -164,9 +164,8 @@ def with_gradients(f: Callable[..., Any]) -> Callable[..., Any]:
     return jax.jit(run)
 
 
-def _timed(
-    ours: Any, dense: Any, args: Any, made: Made, rounds: int | None, budget: float
-) -> Record:
+def _timed(pair: Any, args: Any, made: Made, rounds: int | None, budget: float) -> Record:
+    ours, dense = pair
     runs = {
         "ours": lambda i: ours(*args, made.p, made.full),
         "dense": lambda i: dense(*args),
