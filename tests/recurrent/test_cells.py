@@ -169,8 +169,8 @@ def shapes(make):
 def test_parameters_by_formula(use_layer_norm):
     options = {"in_stride": 5, "use_layer_norm": use_layer_norm}
     _, count = shapes(lambda: make(depth=3, pattern=EACH, **options))
-    ps = [bsjax.BlockPattern.from_mask(m | np.eye(3, dtype=bool), BLOCK) for m in EACH]
-    assert count == _small_world.small_world_parameters(IN, HIDDEN, ps, **options)
+    masks = [m | np.eye(3, dtype=bool) for m in EACH]
+    assert count == _small_world.small_world_parameters(IN, HIDDEN, masks, BLOCK, **options)
     # the published count: (D + 4) matrices
     full, _ = shapes(lambda: make(pattern=np.ones((3, 3), bool), depth=3, **options))
     matrices = [a for a in jax.tree.leaves(nnx.state(full, nnx.Param)) if a.ndim == 3]
