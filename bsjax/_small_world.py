@@ -1,7 +1,7 @@
 """Small-world cells from graphs of blocks: masks, parameters, and how wide they get."""
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from bsjax import patterns
@@ -48,22 +48,28 @@ def small_world_parameters(
 def hidden_within(
     budget: int,
     in_features: int,
-    drawn: Mapping[str, Any],
     *,
+    block: int,
+    depth: int = 5,
+    graph: Any = "barabasi_albert",
+    parameters: Any = None,
+    share_pattern: bool = False,
+    seed: int = 0,
     in_stride: int = 1,
     use_layer_norm: bool = True,
     **_: Any,
 ) -> int:
     """The most hidden features, in whole blocks, with which a cell has at most `budget`
-    parameters. `drawn` are the options of `graph_masks`."""
-    block, graph = drawn["block"], drawn["graph"]
+    parameters. The options are those of `from_graph`; all others do not change the number."""
+    drawn: Any = {"block": block, "depth": depth, "graph": graph, "parameters": parameters}
+    drawn |= {"share_pattern": share_pattern, "seed": seed}
     norms = {"in_stride": in_stride, "use_layer_norm": use_layer_norm}
 
     def count(n: int) -> int:
         masks = graph_masks(n * block, **drawn)
         return small_world_parameters(in_features, n * block, masks, block, **norms)
 
-    low = least = _smallest(graph, _parameters(graph, drawn["parameters"]))
+    low = least = _smallest(graph, _parameters(graph, parameters))
     if count(least) > budget:
         raise ValueError(
             f"{SMALL_WORLD.cell}: a state of {least} blocks of {block} has {count(least):,} "

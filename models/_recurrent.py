@@ -71,7 +71,8 @@ def masks(size: Size, seed: int) -> list[np.ndarray]:
 
 
 class LanguageModel(nnx.Module):
-    """`(logits[n, l, 256], carry)` of the byte after each of `data[n, l]`, int32."""
+    """`(logits[n, l, 256], carry)` of the byte after each of `data[n, l]`, int32. Logits are in
+    float32 at least."""
 
     def __init__(self, size: Size, seed: int):
         rngs, dtype = nnx.Rngs(seed), jnp.dtype(size.dtype)
@@ -85,7 +86,8 @@ class LanguageModel(nnx.Module):
 
     def __call__(self, data: jax.Array, carry: Carry) -> tuple[jax.Array, Carry]:
         carry, y = self.rnn(self.embed(data), initial_carry=carry, return_carry=True)
-        return self.readout(y).astype(jnp.float32), carry
+        logits = self.readout(y)
+        return logits.astype(np.promote_types(logits.dtype, np.float32)), carry
 
     def initial_carry(self, n: int) -> Carry:
         """The state of `n` streams before their first byte: zeros."""

@@ -207,16 +207,9 @@ class SmallWorldLSTMCell(_Cell):
         budget: int,
         *,
         block: int,
-        depth: int = 5,
-        graph: Any = "barabasi_albert",
-        parameters: Any = None,
-        share_pattern: bool = False,
-        seed: int = 0,
         **options: Any,
     ) -> "SmallWorldLSTMCell":
         """With the most blocks of state that `budget` parameters allow, for inputs of so many
         features, as `bsjax.nnx.SmallWorldLSTMCell.from_budget` says."""
-        drawn: Any = {"block": block, "depth": depth, "graph": graph, "parameters": parameters}
-        drawn |= {"share_pattern": share_pattern, "seed": seed}
-        hidden_features = _small_world.hidden_within(budget, in_features, drawn, **options)
-        return cls.from_graph(hidden_features, **drawn, **options)
+        m = _small_world.hidden_within(budget, in_features, block=block, **options)
+        return cls.from_graph(m, block=block, **options)

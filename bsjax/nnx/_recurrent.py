@@ -288,18 +288,11 @@ class SmallWorldLSTMCell(_Cell):
         budget: int,
         *,
         block: int,
-        depth: int = 5,
-        graph: Any = "barabasi_albert",
-        parameters: Any = None,
-        share_pattern: bool = False,
-        seed: int = 0,
         rngs: nnx.Rngs,
         **options: Any,
     ) -> "SmallWorldLSTMCell":
         """With the most blocks of state that `budget` parameters allow, input maps and norms
         counted; the other arguments are those of `from_graph`. The graph must not have fewer edges
         for more nodes."""
-        drawn: Any = {"block": block, "depth": depth, "graph": graph, "parameters": parameters}
-        drawn |= {"share_pattern": share_pattern, "seed": seed}
-        hidden_features = _small_world.hidden_within(budget, in_features, drawn, **options)
-        return cls.from_graph(in_features, hidden_features, **drawn, rngs=rngs, **options)
+        m = _small_world.hidden_within(budget, in_features, block=block, **options)
+        return cls.from_graph(in_features, m, block=block, rngs=rngs, **options)

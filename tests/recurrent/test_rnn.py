@@ -188,7 +188,8 @@ def test_changed_params_must_be_carried():
             self.dense_h.kernel[...] *= 0.5
             return super().__call__(carry, x)
 
-    cells = [Decaying(IN, HIDDEN, param_dtype=jnp.float64, rngs=nnx.Rngs(0)) for _ in range(3)]
+    dtypes = {"dtype": jnp.float64, "param_dtype": jnp.float64}
+    cells = [Decaying(IN, HIDDEN, **dtypes, rngs=nnx.Rngs(0)) for _ in range(3)]
     with pytest.raises(ValueError, match="a step changed a Param"):
         bsjax.nnx.RNN(cells[0])(sequence())
     axes = nnx.StateAxes({...: nnx.Carry})
