@@ -1,7 +1,7 @@
 """The cells of `benchmarks.lstm`, and whether they are right."""
 
+import bisect
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -95,14 +95,10 @@ def parameters(make: Callable[[], Any]) -> int:
 
 
 def narrower(case: Case) -> int:
-    """The width of the dense cell that comes closest to the parameters of the sparse one."""
+    """The width of the widest dense cell that has no more parameters than the sparse one."""
     wanted = parameters(lambda: sparse(case))
-    low, high = 1, case.state
-    while high - low > 1:
-        middle = (low + high) // 2
-        fits = parameters(functools.partial(dense, case, middle)) <= wanted
-        low, high = (middle, high) if fits else (low, middle)
-    return low
+    of = lambda width: parameters(lambda: dense(case, width))  # noqa: E731
+    return bisect.bisect_right(range(case.state), wanted, 2, key=of) - 1
 
 
 def densified(case: Case, cell: Any) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from models._cli import Mistake
+from models._lstm import evaluated
 from models._recurrent import Carry, LanguageModel
 
 DRAWN = -1  # no byte is forced
@@ -47,7 +48,7 @@ def generate(
         state = begin(model, jax.random.key(0) if key is None else key)
     elif key is not None:
         state = state._replace(key=key)
-    graph, variables = nnx.split(_evaluated(model))
+    graph, variables = nnx.split(evaluated(model))
     written = []
     for byte in (*prompt, *[DRAWN] * count):
         state = _step(graph, variables, state, byte, temperature)
@@ -99,9 +100,3 @@ def load_state(path: Path, model: LanguageModel) -> State:
         )
     c, h = (jnp.asarray(a).astype(b.dtype) for a, b in zip(carry, like, strict=True))
     return State((c, h), last, key)
-
-
-def _evaluated(model: LanguageModel) -> LanguageModel:
-    model = nnx.clone(model)
-    model.eval()
-    return model

@@ -78,8 +78,6 @@ class Run:
     def start(cls, size: Size, training: Training, seed: int) -> Self:
         model = make(size, seed)
         model.train()
-        # steps that share a pattern share its arrays, which could not be donated twice
-        nnx.update(model, jax.tree.map(jnp.copy, nnx.state(model)))
         tx = adam(training.warmup, training.steps, training.clip)
         average = nnx.to_pure_dict(nnx.state(model, nnx.Param))
         average = jax.tree.map(jnp.copy, average)  # the parameters are donated

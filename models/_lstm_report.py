@@ -10,11 +10,9 @@ from bsjax import patterns, plot
 from models import _generate as writing
 from models import _recurrent as recurrent
 from models import _report as report_
-from models import _streams as streams
 from models import _text as texts
 from models._cli import fixed
 from models._lstm import Parts, Run, Training, evaluated, heldout_bits, step_seconds
-from models._report import pyplot
 
 
 def report(
@@ -26,7 +24,7 @@ def report(
     bits = {name: heldout_bits(model, parts.test) for name, model in models.items()}
     last = {name: heldout_bits(evaluated(run.model), parts.test) for name, run in runs.items()}
     lines = {
-        "unigram": streams.unigram_bits(parts.train.data, parts.test.data),
+        "unigram": texts.unigram_bits(parts.train.data, parts.test.data),
         "lzma": texts.lzma_bits(parts.test.data),
     }
     print("Timing training steps, the models in turn ...", flush=True)
@@ -86,5 +84,4 @@ def save_graphs(stem: str, size: recurrent.Size, seed: int) -> None:
     title = f"Blocks that a block has reached, {size.graph}, {len(found[0])} blocks"
     axes = plot.mixing(profile, title=title)
     axes.set_xlabel("internal step; the last are the gates")
-    axes.figure.savefig(f"{stem}-mixing.png", dpi=160)  # pyright: ignore
-    pyplot.close(axes.figure)  # pyright: ignore
+    report_.save_figure(f"{stem}-mixing.png", axes.figure)

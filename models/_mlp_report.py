@@ -113,8 +113,7 @@ def draw(path: Path, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         ax.set_axis_off()
     for ax, part in zip(axes.flat, drawn, strict=False):
         _panel(ax, TITLES[part], rows[part], *PANELS[part])
-    figure.savefig(path, dpi=160)
-    pyplot.close(figure)
+    shared.save_figure(path, figure)
 
 
 def _panel(ax: Any, heading: str, rows: Sequence[Mapping[str, Any]], name: str, x: str) -> None:

@@ -5,6 +5,7 @@ Kernels for Block-Sparse Weights": a state several times as wide at the same num
 whose recurrent weights are block-sparse graphs, mixed over a few internal steps.
 """
 
+import bisect
 import json
 import os
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from bsjax import BlockPattern, patterns
 from models._cli import Mistake
 
 BYTES = 256
+SPARSE, DENSE = "small-world", "dense"  # the two that are compared, by name
 type Carry = tuple[jax.Array, jax.Array]  # (c, h), each [n, hidden]
 
 
@@ -69,7 +71,8 @@ def masks(size: Size, seed: int) -> list[np.ndarray]:
 
 
 class LanguageModel(nnx.Module):
-    """`(logits[n, l, 256], carry)` of the byte after each of `data[n, l]`, int32."""
+    """`(logits[n, l, 256], carry)` of the byte after each of `data[n, l]`, int32. Logits are in
+    float32 at least."""
 
     def __init__(self, size: Size, seed: int):
         rngs, dtype = nnx.Rngs(seed), jnp.dtype(size.dtype)
@@ -83,7 +86,8 @@ class LanguageModel(nnx.Module):
 
     def __call__(self, data: jax.Array, carry: Carry) -> tuple[jax.Array, Carry]:
         carry, y = self.rnn(self.embed(data), initial_carry=carry, return_carry=True)
-        return self.readout(y).astype(jnp.float32), carry
+        logits = self.readout(y)
+        return logits.astype(np.promote_types(logits.dtype, np.float32)), carry
 
     def initial_carry(self, n: int) -> Carry:
         """The state of `n` streams before their first byte: zeros."""
@@ -95,28 +99,27 @@ class LanguageModel(nnx.Module):
         carry: Carry | None = None,
         *,
         lengths: jax.Array | None = None,
-        last: bool = False,
     ) -> Carry:
-        """(c, h) after each byte of `data[n, l]`, [n, l, hidden], or after the last, [n, hidden].
+        """(c, h) after each byte of `data[n, l]`, [n, l, hidden].
 
-        With `lengths[n]` the state of text i stays as it is after `lengths[i]` bytes, so that
-        `last` gives the state at the end of texts of unequal lengths. The backward pass of a call
-        of the model is the faster one.
+        With `lengths[n]` the state of text i stays as it is after `lengths[i]` bytes, so that the
+        last ones are those at the end of texts of unequal lengths. The backward pass of a call of
+        the model is the faster one.
         """
         cell, rest = nnx.split(self.rnn.cell)
         carry = self.initial_carry(data.shape[0]) if carry is None else carry
 
-        def step(carry: Carry, at: Any) -> tuple[Carry, Carry | None]:
+        def step(carry: Carry, at: Any) -> tuple[Carry, Carry]:
             x, i = at
             after, _ = nnx.merge(cell, rest)(carry, x)
             if lengths is not None:
                 goes_on = (i < lengths)[:, None]
                 after = jax.tree.map(lambda new, old: jnp.where(goes_on, new, old), after, carry)
-            return after, None if last else after
+            return after, after
 
         x = self.embed(data).swapaxes(0, 1)
-        end, every = jax.lax.scan(step, carry, (x, jnp.arange(data.shape[1])))
-        return end if last else jax.tree.map(lambda a: a.swapaxes(0, 1), every)
+        _, every = jax.lax.scan(step, carry, (x, jnp.arange(data.shape[1])))
+        return jax.tree.map(lambda a: a.swapaxes(0, 1), every)
 
 
 def _cell(size: Size, seed: int, rngs: nnx.Rngs) -> bsjax.nnx.SmallWorldLSTMCell:
@@ -207,13 +210,9 @@ def widest(size: Size, wanted: int) -> Size:
 
 def _most(count: Callable[[int], int], low: int, wanted: int) -> int:
     """The largest number, at least `low`, whose growing `count` is at most `wanted`."""
-    high = 2 * low
-    while count(high) <= wanted:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if count(middle) <= wanted else (low, middle)
-    return low
+    while count(2 * low) <= wanted:
+        low *= 2
+    return bisect.bisect_right(range(2 * low), wanted, low + 1, key=count) - 1
 
 
 # ------------------------------------------------------------------------------ models on the disk

@@ -131,12 +131,12 @@ def save_curves(
         axes.axhline(height, color=QUIET, linewidth=1, linestyle=(0, (4, 3)))
         label(axes, name, height)
     axes.set_ylim(0, 1.4 * max(*lines.values(), *(values[-1] for values in losses.values())))
-    _save(path, axes.figure)
+    save_figure(path, axes.figure)
 
 
 def save_patterns(path: Path | str, patterns: Mapping[str, Any], columns: int) -> None:
     """A sheet of patterns."""
-    _save(path, plot.patterns(patterns, columns=columns))
+    save_figure(path, plot.patterns(patterns, columns=columns))
 
 
 def save_speed(path: Path | str, title: str, speed: Mapping[float, Ratio]) -> None:
@@ -156,7 +156,7 @@ def save_speed(path: Path | str, title: str, speed: Mapping[float, Ratio]) -> No
     axes.plot([0, 1], [0, 1], color=QUIET, linewidth=1, linestyle=(0, (1, 2)), label="density")
     axes.legend(frameon=False, fontsize=9)
     axes.set(xlim=(0, 1.1 * max(densities)), ylim=(0, 1.1 * max(1, *high)))
-    _save(path, axes.figure)
+    save_figure(path, axes.figure)
 
 
 def save_lines(
@@ -181,7 +181,7 @@ def save_lines(
     for drawn, line in zip(axes.get_lines(), lines.values(), strict=True):
         for at, values in line:
             axes.plot([at] * len(values), values, ".", color=drawn.get_color(), markersize=5)
-    _save(path, axes.figure)
+    save_figure(path, axes.figure)
 
 
 def _cell(value: Any) -> str:
@@ -210,6 +210,7 @@ def label(axes: Any, name: str, height: float) -> None:
     )
 
 
-def _save(path: Path | str, figure: Any) -> None:
+def save_figure(path: Path | str, figure: Any) -> None:
+    """A picture, which is closed then."""
     figure.savefig(path, dpi=160)
     pyplot.close(figure)

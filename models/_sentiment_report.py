@@ -157,8 +157,7 @@ def histograms(
         ax.set(xlabel=KINDS[kind], ylabel="texts")
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False, fontsize=9)
-    figure.savefig(path, dpi=160)
-    pyplot.close(figure)
+    shared.save_figure(path, figure)
 
 
 def heatmap(path: Path, unit: Unit, traces: Sequence[tuple[str, np.ndarray]]) -> None:
@@ -191,8 +190,7 @@ def heatmap(path: Path, unit: Unit, traces: Sequence[tuple[str, np.ndarray]]) ->
         ax.set_axis_off()
     bar = figure.colorbar(image, ax=axes[:, 0], location="bottom", fraction=0.05, aspect=60)
     bar.set_label(f"unit {unit.unit}, towards label 1, from its threshold", fontsize=9)
-    figure.savefig(path, dpi=160)
-    pyplot.close(figure)
+    shared.save_figure(path, figure)
 
 
 def _lines(text: str) -> tuple[list[str], np.ndarray]:

@@ -7,11 +7,9 @@ import numpy as np
 
 from bsjax import plot
 from models import _report as shared
-from models import _streams as streams
-from models._recurrent import Size
+from models import _text as texts
+from models._recurrent import DENSE, SPARSE, Size
 from models._report import pyplot
-
-SPARSE, DENSE = "small-world", "dense"
 
 
 class Found(NamedTuple):
@@ -30,7 +28,7 @@ def report(config: Any, parts: Any, found: Found, where: Any) -> None:
     """Prints the tables and the difference, saves the numbers and the pictures."""
     equal = at_equal_time(found)
     rows = {kind: _row(kind, found, equal) for kind in found.sizes}
-    unigram = streams.unigram_bits(parts.train.data, parts.test.data)
+    unigram = texts.unigram_bits(parts.train.data, parts.test.data)
     title = f"{len(parts.train.data):,} bytes, {config.epochs} times; bits/byte of held-out text, "
     title += "averaged weights; equal time: of validation text when the faster model has ended"
     shared.print_table(title, rows | {"unigram": {"bits/byte": unigram}})
@@ -180,8 +178,7 @@ def save_curves(path: str, config: Any, found: Found) -> None:
         plot.curves(by_time, axes[1], "By time", x="seconds of training steps", y="")
         least = min(float(losses.min()) for _, losses in by_bytes.values())
         axes[0].set_ylim(0.95 * least, 2 * least)
-    figure.savefig(path, dpi=160)
-    pyplot.close(figure)
+    shared.save_figure(path, figure)
 
 
 def save_seeds(path: str, found: Found) -> None:
@@ -201,8 +198,7 @@ def save_seeds(path: str, found: Found) -> None:
     names = [f"{kind}, {found.sizes[kind].hidden} wide" for kind in (DENSE, SPARSE)]
     axes.set_xticks([0, 1], names)
     axes.set_xlim(-0.4, 1.4)
-    figure.savefig(path, dpi=160)
-    pyplot.close(figure)
+    shared.save_figure(path, figure)
 
 
 def save_depths(path: str, depths: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> None:
@@ -220,5 +216,4 @@ def save_depths(path: str, depths: Mapping[int, Mapping[str, Mapping[str, Any]]]
         line.set_marker("o")
     axes.legend(frameon=False, fontsize=9)
     axes.set_xticks(sorted(depths))
-    axes.figure.savefig(path, dpi=160)  # pyright: ignore
-    pyplot.close(axes.figure)  # pyright: ignore
+    shared.save_figure(path, axes.figure)

@@ -100,17 +100,6 @@ class Streams(NamedTuple):
         return self
 
 
-def unigram_bits(train: np.ndarray, heldout: np.ndarray) -> float:
-    """As `_text.unigram_bits`, in constant memory."""
-    counts = 1.0 + _counts(train)
-    return float(-(np.log2(counts / counts.sum()) * _counts(heldout)).sum() / len(heldout))
-
-
-def _counts(data: np.ndarray) -> np.ndarray:
-    pieces = (data[i : i + texts.CHUNK] for i in range(0, len(data), texts.CHUNK))
-    return sum((np.bincount(piece, minlength=256) for piece in pieces), np.zeros(256, int))
-
-
 def _raw(paths: Sequence[Path], spool: Path) -> tuple[Path, list[int]]:
     """(a file of raw bytes, where each of its contents ends)."""
     files = [file for path in paths for file in texts.files(path)]
@@ -144,15 +133,8 @@ def _spooled(spool: Path, about: Path, sources: Any) -> list[int] | None:
 
 def _write(files: Sequence[Path], spool: Path) -> list[int]:
     """Writes each different content once, in the order of their hashes; returns where they end."""
-    order: dict[str, Path] = {}
-    for i, file in enumerate(files):
-        if len(files) == 1:  # nothing to sort
-            order[str(i)] = file
-            break
-        hashed = hashlib.sha256()
-        for piece in texts.chunks(file, EVERYTHING):
-            hashed.update(piece)
-        order[hashed.hexdigest()] = file
+    sort = len(files) > 1  # or nothing need be read twice
+    order = {_content_hash(file) if sort else "": file for file in files}
     ends, aside = [], spool.with_name(f"{spool.name}.{os.getpid()}")
     try:
         with aside.open("wb") as out:
@@ -168,6 +150,13 @@ def _write(files: Sequence[Path], spool: Path) -> list[int]:
     finally:
         aside.unlink(missing_ok=True)
     return ends
+
+
+def _content_hash(file: Path) -> str:
+    hashed = hashlib.sha256()
+    for piece in texts.chunks(file, EVERYTHING):
+        hashed.update(piece)
+    return hashed.hexdigest()
 
 
 def _borders(

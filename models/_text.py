@@ -129,14 +129,20 @@ def windows(data: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
 
 def unigram_bits(train: np.ndarray, heldout: np.ndarray) -> float:
     """Bits per byte of `heldout` if every byte is drawn alone, as often as in `train`."""
-    counts = np.bincount(train, minlength=256) + 1.0  # no byte is impossible
-    return float(-np.log2(counts / counts.sum())[heldout].mean())
+    counts = _counts(train) + 1.0  # no byte is impossible
+    return float(-(np.log2(counts / counts.sum()) * _counts(heldout)).sum() / len(heldout))
 
 
 def lzma_bits(heldout: np.ndarray) -> float:
     """Bits per byte that `xz -9e` needs for `heldout` alone."""
     packed = lzma.compress(heldout.tobytes(), preset=9 | lzma.PRESET_EXTREME)
     return 8 * len(packed) / len(heldout)
+
+
+def _counts(data: np.ndarray) -> np.ndarray:
+    """How often each byte occurs, in constant memory: `bincount` makes 8 bytes of each."""
+    pieces = (data[i : i + CHUNK] for i in range(0, len(data), CHUNK))
+    return sum((np.bincount(piece, minlength=256) for piece in pieces), np.zeros(256, int))
 
 
 def _join(files: Iterable[bytes]) -> np.ndarray:

@@ -23,13 +23,12 @@ from models import _streams as texts
 from models._cli import Mistake, option
 from models._lstm import Parts, Run, Training, heldout_bits
 from models._lstm_report import report
-from models._recurrent import PARAMETERS, Size
+from models._recurrent import DENSE, PARAMETERS, SPARSE, Size
 from models._report import print_sample
 from models._train import Checkpoints, CtrlC, Progress, finite, output_folder
 
 ABOUT = "Trains a small-world LSTM on text, alone or beside a dense LSTM of equal size."
 OUT = Path(__file__).parent.parent / "out"
-SPARSE, DENSE = "small-world", "dense"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

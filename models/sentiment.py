@@ -19,9 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-from flax import nnx
 
 from models import _cli as cli
 from models import _encode as states
@@ -78,11 +76,6 @@ def untrained(model: LanguageModel, seed: int) -> LanguageModel:
     fresh = recurrent.make(model.size, UNTRAINED + seed)
     fresh.eval()
     return fresh
-
-
-def parameters(model: LanguageModel) -> int:
-    """How many parameters there are."""
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
 def read(
@@ -174,7 +167,7 @@ def measure(
             values = [x[:, unit.unit].copy() for x, unit in zip(features, usual, strict=True)]
             drawn = list(zip(usual, values, strict=True))
     about = {
-        "parameters": parameters(model),
+        "parameters": recurrent.parameters(model.size),
         "size": model.size._asdict(),
         "bytes read per second, with compilation": speed,
     }

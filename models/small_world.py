@@ -26,9 +26,9 @@ from models import _recurrent as recurrent
 from models import _streams as texts
 from models._cli import Mistake, option
 from models._lstm import Parts, Run, Training, evaluated, heldout_bits, step_seconds
-from models._recurrent import PARAMETERS, Size
+from models._recurrent import DENSE, PARAMETERS, SPARSE, Size
 from models._runs import Runs, whereabouts
-from models._small_world_report import DENSE, SPARSE, Found, report
+from models._small_world_report import Found, report
 from models._train import CtrlC, Progress, output_folder
 
 ABOUT = "Compares wide sparse LSTMs with dense ones of equal parameters, over seeds and depths."
@@ -107,17 +107,15 @@ class Stopped(Exception):
     """Ctrl-C."""
 
 
+@dataclasses.dataclass
 class Bench:
     """Trains what is asked for, unless it is known already."""
 
-    def __init__(self, config: Config, parts: Parts, runs: Runs, where: Any, about: Any) -> None:
-        self.config, self.parts, self.runs, self.where, self.about = (
-            config,
-            parts,
-            runs,
-            where,
-            about,
-        )
+    config: Config
+    parts: Parts
+    runs: Runs
+    where: Any
+    about: Any
 
     @property
     def steps(self) -> int:

@@ -7,6 +7,7 @@ are leaves: one compiled function serves them all, and the tests stay quick.
 import contextlib
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -156,6 +157,19 @@ def kept(inputs: Inputs) -> Inputs:
     """The same numbers in the dtype that the library sums in: what rounding is compared with."""
     p, *arrays = inputs
     return Inputs(p, *(a.astype(accumulator(a.dtype)) for a in arrays))
+
+
+def loop_bodies(text: str) -> str:
+    """Of a compiled program: the bodies of its loops, with what they call."""
+    parts = re.split(r"\n(?=(?:ENTRY )?%[\w.\-]+ \()", text)
+    named = {re.findall(r"%([\w.\-]+)", part)[0]: part for part in parts[1:]}
+    todo, seen = re.findall(r"body=%([\w.\-]+)", text), set()
+    while todo:
+        name = todo.pop()
+        if name in named and name not in seen:
+            seen.add(name)
+            todo += re.findall(r"%([\w.\-]+)", named[name])
+    return "\n".join(named[name] for name in sorted(seen))
 
 
 @contextlib.contextmanager

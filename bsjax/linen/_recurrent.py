@@ -189,10 +189,16 @@ class SmallWorldLSTMCell(_Cell):
         **options: Any,
     ) -> "SmallWorldLSTMCell":
         """With drawn patterns, as `bsjax.nnx.SmallWorldLSTMCell.from_graph` says."""
-        p = _small_world.graph_patterns(
-            hidden_features, block, depth, graph, parameters, share=share_pattern, seed=seed
+        masks = _small_world.graph_masks(
+            hidden_features,
+            block=block,
+            depth=depth,
+            graph=graph,
+            parameters=parameters,
+            share_pattern=share_pattern,
+            seed=seed,
         )
-        return cls(hidden_features, pattern=p, depth=depth, **options)
+        return cls(hidden_features, pattern=masks, block=block, depth=depth, **options)
 
     @classmethod
     def from_budget(
@@ -201,18 +207,9 @@ class SmallWorldLSTMCell(_Cell):
         budget: int,
         *,
         block: int,
-        depth: int = 5,
-        graph: Any = "barabasi_albert",
-        parameters: Any = None,
-        share_pattern: bool = False,
-        seed: int = 0,
         **options: Any,
     ) -> "SmallWorldLSTMCell":
         """With the most blocks of state that `budget` parameters allow, for inputs of so many
         features, as `bsjax.nnx.SmallWorldLSTMCell.from_budget` says."""
-        drawn = {"share": share_pattern, "seed": seed}
-        hidden_features = _small_world.hidden_within(
-            budget, in_features, block, depth, graph, parameters, drawn, **options
-        )
-        p = _small_world.graph_patterns(hidden_features, block, depth, graph, parameters, **drawn)
-        return cls(hidden_features, pattern=p, depth=depth, **options)
+        m = _small_world.hidden_within(budget, in_features, block=block, **options)
+        return cls.from_graph(m, block=block, **options)

@@ -262,10 +262,24 @@ class SmallWorldLSTMCell(_Cell):
         and for the gates, or one for all with `share_pattern`. `graph` is the name of a family,
         "barabasi_albert" with `parameters={"m": 4}` unless given, "watts_strogatz", "balanced",
         "random" or "strides", or a function `graph(n, seed=..., **parameters) -> mask`."""
-        p = _small_world.graph_patterns(
-            hidden_features, block, depth, graph, parameters, share=share_pattern, seed=seed
+        masks = _small_world.graph_masks(
+            hidden_features,
+            block=block,
+            depth=depth,
+            graph=graph,
+            parameters=parameters,
+            share_pattern=share_pattern,
+            seed=seed,
         )
-        return cls(in_features, hidden_features, pattern=p, depth=depth, rngs=rngs, **options)
+        return cls(
+            in_features,
+            hidden_features,
+            pattern=masks,
+            block=block,
+            depth=depth,
+            rngs=rngs,
+            **options,
+        )
 
     @classmethod
     def from_budget(
@@ -274,20 +288,11 @@ class SmallWorldLSTMCell(_Cell):
         budget: int,
         *,
         block: int,
-        depth: int = 5,
-        graph: Any = "barabasi_albert",
-        parameters: Any = None,
-        share_pattern: bool = False,
-        seed: int = 0,
         rngs: nnx.Rngs,
         **options: Any,
     ) -> "SmallWorldLSTMCell":
         """With the most blocks of state that `budget` parameters allow, input maps and norms
         counted; the other arguments are those of `from_graph`. The graph must not have fewer edges
         for more nodes."""
-        drawn = {"share": share_pattern, "seed": seed}
-        hidden_features = _small_world.hidden_within(
-            budget, in_features, block, depth, graph, parameters, drawn, **options
-        )
-        p = _small_world.graph_patterns(hidden_features, block, depth, graph, parameters, **drawn)
-        return cls(in_features, hidden_features, pattern=p, depth=depth, rngs=rngs, **options)
+        m = _small_world.hidden_within(budget, in_features, block=block, **options)
+        return cls.from_graph(in_features, m, block=block, rngs=rngs, **options)

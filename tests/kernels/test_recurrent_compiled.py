@@ -8,24 +8,12 @@ import pytest
 from flax import nnx
 
 import bsjax.nnx
+from tests.helpers import loop_bodies
 from tests.kernels import h200
 from tests.kernels.test_compiled import checked, toolchain  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.h200
 BATCH, TIME, HIDDEN, BLOCK, IN, DEPTH = 64, 8, 2048, 64, 64, 3
-
-
-def bodies(text):
-    """Of the loops of a compiled program, with what they call."""
-    parts = re.split(r"\n(?=(?:ENTRY )?%[\w.\-]+ \()", text)
-    named = {re.match(r"(?:ENTRY )?%([\w.\-]+)", part)[1]: part for part in parts[1:]}
-    todo, seen = re.findall(r"body=%([\w.\-]+)", text), set()
-    while todo:
-        name = todo.pop()
-        if name in named and name not in seen:
-            seen.add(name)
-            todo += re.findall(r"%([\w.\-]+)", named[name])
-    return "\n".join(named[name] for name in sorted(seen))
 
 
 def test_a_training_step():
@@ -63,5 +51,5 @@ def test_a_training_step():
     # kernels that write blocks of weights; where tiles are cut, a second one joins them
     made = rf"= \(?bf16\[\d+,{BLOCK},{BLOCK}\]\S* custom-call\("
     assert len(re.findall(made, text)) >= DEPTH + 1
-    assert re.findall(made, bodies(text)) == []
-    assert bodies(text).count('custom_call_target="mosaic_gpu') >= 2 * (DEPTH + 1)
+    assert re.findall(made, loop_bodies(text)) == []
+    assert loop_bodies(text).count('custom_call_target="mosaic_gpu') >= 2 * (DEPTH + 1)

@@ -31,8 +31,8 @@ call = nnx.jit(lambda model, data, carry: model(data, carry))
 
 @nnx.jit
 def states(model, data, carry, lengths):
-    """Of every step, and the last ones of texts of these lengths."""
-    return model.states(data, carry), model.states(data, carry, lengths=lengths, last=True)
+    """Of every step, and those of texts of these lengths."""
+    return model.states(data, carry), model.states(data, carry, lengths=lengths)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,18 @@ def model():
 @pytest.fixture(scope="module")
 def data():
     return jax.random.randint(jax.random.key(0), (3, 8), 0, 256)
+
+
+@pytest.fixture
+def double():
+    """A model and its first carry, to compute with in float64."""
+    with jax.enable_x64(True):
+        made = make(SIZE._replace(dtype="float64"), 3)
+        yield made, jax.tree.map(lambda a: a.astype(jnp.float64), made.initial_carry(3))
+
+
+# sums over the features of a state, once in each of the 8 steps that it goes through
+SUMS = tolerance(jnp.float64, 8 * SIZE.hidden)
 
 
 # ------------------------------------------------------------------------------------- parameters
@@ -87,31 +99,32 @@ def test_sizes_that_cannot_be():
 # ------------------------------------------------------------------------------------------ state
 
 
-def test_state_carried_over_is_that_of_one_long_sequence(model, data):
-    whole, end = call(model, data, model.initial_carry(3))
-    first, between = call(model, data[:, :4], model.initial_carry(3))
+def test_state_carried_over_is_that_of_one_long_sequence(double, data):
+    model, start = double
+    whole, end = call(model, data, start)
+    first, between = call(model, data[:, :4], start)
     second, last = call(model, data[:, 4:], between)
-    near = {"rtol": 1e-5, "atol": 1e-5}  # the same sums, in products of another shape
-    np.testing.assert_allclose(jnp.concatenate([first, second], 1), whole, **near)
+    np.testing.assert_allclose(jnp.concatenate([first, second], 1), whole, **SUMS)
     for a, b in zip(end, last, strict=True):
-        np.testing.assert_allclose(a, b, **near)
+        assert a.dtype == b.dtype == jnp.float64
+        np.testing.assert_allclose(a, b, **SUMS)
     assert whole.shape == (3, 8, 256)
-    assert whole.dtype == jnp.float32
+    assert whole.dtype == jnp.float64
     assert np.abs(np.asarray(end[0])).min() > 0
 
 
-def test_states_are_those_the_readout_sees(model, data):
+def test_states_are_those_the_readout_sees(double, data):
+    model, start = double
     lengths = jnp.array([8, 1, 5])
-    (c, h), last = states(model, data, model.initial_carry(3), lengths)
+    (c, h), kept = states(model, data, start, lengths)
     assert c.shape == h.shape == (3, 8, SIZE.hidden)
-    logits, end = call(model, data, model.initial_carry(3))
-    near = tolerance(jnp.float32, SIZE.outputs)
-    np.testing.assert_allclose(model.readout(h[..., :: SIZE.out_stride]), logits, **near)
-    for every, of_lengths, after in zip((c, h), last, end, strict=True):
-        np.testing.assert_allclose(every[:, -1], after, rtol=1e-5, atol=1e-6)
+    logits, end = call(model, data, start)
+    np.testing.assert_allclose(model.readout(h[..., :: SIZE.out_stride]), logits, **SUMS)
+    for every, of_lengths, after in zip((c, h), kept, end, strict=True):
+        np.testing.assert_allclose(every[:, -1], after, **SUMS)
         # texts of unequal lengths keep the state that they end with
         expected = every[jnp.arange(3), lengths - 1]
-        np.testing.assert_allclose(of_lengths, expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(of_lengths[:, -1], expected, **SUMS)
 
 
 def test_dropout_is_off_after_eval(data):

@@ -16,8 +16,8 @@ from models import _recurrent as recurrent
 from models import _small_world_report as reporting
 from models import small_world
 from models._cli import INTERRUPTED, Mistake, parse
-from models._recurrent import Size
-from models._small_world_report import DENSE, SPARSE, Found
+from models._recurrent import DENSE, SPARSE, Size
+from models._small_world_report import Found
 from tests.models.lstm_runs import letters, optax_promotes  # noqa: F401 - a fixture of the module
 
 TINY = shlex.split(

@@ -13,7 +13,7 @@ import bsjax.nnx
 from bsjax import _small_world
 from tests.helpers import random_mask
 from tests.recurrent import oracle
-from tests.recurrent.cells import BLOCK, HIDDEN, IN, MASK, NAMES, cotangent, make, sequence
+from tests.recurrent.cells import BLOCK, HIDDEN, IN, MASK, NAMES, agree, cotangent, make, sequence
 
 STEPS = 50
 SPARE = bsjax.BlockPattern.from_mask(MASK, BLOCK, capacity=8)
@@ -126,9 +126,10 @@ def test_begins_as_its_sources_say(name):
     assert all((v["scale"] == 1).all() for v in w.values() if "scale" in v)
 
 
+@pytest.mark.usefixtures("x64")
 def test_lstm_is_flax_lstm():
     """With a full pattern and the weights of Flax's own cell."""
-    theirs = nnx.OptimizedLSTMCell(IN, HIDDEN, rngs=nnx.Rngs(0))
+    theirs = nnx.OptimizedLSTMCell(IN, HIDDEN, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
     ours = make("BlockLSTMCell", pattern=np.ones((3, 3), bool))
     ours.inputs.kernel.set_value(theirs.dense_i.kernel[...])
     kernel, bias = theirs.dense_h.kernel[...], cotangent((4, HIDDEN))
@@ -137,10 +138,7 @@ def test_lstm_is_flax_lstm():
     theirs.dense_h.bias.set_value(bias.reshape(-1))
     x = sequence()[:, 0]
     carry = tuple(cotangent((len(x), HIDDEN)) * s for s in (1, 2))
-    for a, b in zip(
-        jax.tree.leaves(ours(carry, x)), jax.tree.leaves(theirs(carry, x)), strict=True
-    ):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    agree(ours(carry, x), theirs(carry, x))
 
 
 def test_diagonal_is_always_there():
@@ -169,8 +167,8 @@ def shapes(make):
 def test_parameters_by_formula(use_layer_norm):
     options = {"in_stride": 5, "use_layer_norm": use_layer_norm}
     _, count = shapes(lambda: make(depth=3, pattern=EACH, **options))
-    ps = [bsjax.BlockPattern.from_mask(m | np.eye(3, dtype=bool), BLOCK) for m in EACH]
-    assert count == _small_world.small_world_parameters(IN, HIDDEN, ps, **options)
+    masks = [m | np.eye(3, dtype=bool) for m in EACH]
+    assert count == _small_world.small_world_parameters(IN, HIDDEN, masks, BLOCK, **options)
     # the published count: (D + 4) matrices
     full, _ = shapes(lambda: make(pattern=np.ones((3, 3), bool), depth=3, **options))
     matrices = [a for a in jax.tree.leaves(nnx.state(full, nnx.Param)) if a.ndim == 3]

@@ -11,11 +11,22 @@ from flax import nnx
 
 import bsjax.linen
 import bsjax.nnx
-from bsjax.ops import _core
-from tests.recurrent.cells import BATCH, BLOCK, HIDDEN, IN, MASK, NAMES, TIME, make, sequence
+from tests.recurrent.cells import (
+    BATCH,
+    BLOCK,
+    HIDDEN,
+    IN,
+    MASK,
+    NAMES,
+    TIME,
+    agree,
+    default,
+    make,
+    sequence,
+)
 
 X = sequence()
-LENGTHS = jnp.array([2, TIME, 4])
+LENGTHS = np.array([2, TIME, 4])
 OPTIONS = {
     "BlockLSTMCell": {"use_layer_norm": True, "out_stride": 2},
     "BlockMultiplicativeLSTMCell": {"pattern": [MASK, MASK.T]},
@@ -24,21 +35,15 @@ OPTIONS = {
 
 
 def linen(name="SmallWorldLSTMCell", **options):
-    return getattr(bsjax.linen, name)(HIDDEN, **{"pattern": MASK, "block": BLOCK, **options})
+    options = {"pattern": MASK, "block": BLOCK, "param_dtype": default(), **options}
+    return getattr(bsjax.linen, name)(HIDDEN, **options)
 
 
-def agree(got, want):
-    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(g, w, rtol=2e-4, atol=1e-5)
-
-
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", NAMES)
-def test_both_dialects_and_flax_agree(name, monkeypatch):
+def test_both_dialects_and_flax_agree(name, sums):
     """Outputs, carry and gradients, with converted parameters, under all four kinds of RNN."""
-    seen, run = [], _core._run_sddmm
-    monkeypatch.setattr(
-        _core, "_run_sddmm", lambda s, x, y, p: seen.append(x.shape[:-1]) or run(s, x, y, p)
-    )
+    x = sequence()
     cell, ours = linen(name, **OPTIONS[name]), make(name, noisy=True, **OPTIONS[name])
     assert (cell.out_features, cell.num_feature_axes) == (ours.out_features, 1)
     options = {"return_carry": True, "reverse": True}
@@ -47,7 +52,7 @@ def test_both_dialects_and_flax_agree(name, monkeypatch):
     variables = bsjax.linen.from_nnx(bsjax.nnx.RNN(ours))
     # the structure is that of variables that `init` makes, with either RNN
     shapes = [
-        jax.tree.map(jnp.shape, jax.eval_shape(r.init, jax.random.key(0), X)) for r in (rnn, theirs)
+        jax.tree.map(jnp.shape, jax.eval_shape(r.init, jax.random.key(0), x)) for r in (rnn, theirs)
     ]
     assert shapes[0] == shapes[1] == jax.tree.map(jnp.shape, variables)
 
@@ -58,25 +63,26 @@ def test_both_dialects_and_flax_agree(name, monkeypatch):
 
     def results(rnn):
         f = jax.jit(jax.grad(functools.partial(loss, rnn), argnums=(0, 1), has_aux=True))
-        return f(variables["params"], X)
+        return f(variables["params"], x)
 
     got = results(rnn)
-    assert seen == [(TIME, BATCH)] * (ours.kind.steps + 1)
+    assert sums == [(TIME, BATCH)] * (ours.kind.steps + 1)
     agree(got, results(theirs))
 
     @nnx.jit
     def in_nnx(rnn, x):
         return rnn(x, seq_lengths=LENGTHS)
 
-    agree(got[1], in_nnx(bsjax.nnx.RNN(ours, **options), X))
+    agree(got[1], in_nnx(bsjax.nnx.RNN(ours, **options), x))
 
 
+@pytest.mark.usefixtures("x64")
 def test_remat_and_time_major():
-    cell = linen("BlockLSTMCell")
+    cell, x = linen("BlockLSTMCell"), sequence()
     rnn = bsjax.linen.RNN(cell)
-    variables = rnn.init(jax.random.key(0), X)
+    variables = rnn.init(jax.random.key(0), x)
     again = bsjax.linen.RNN(cell, remat=True, time_major=True)
-    agree(again.apply(variables, X.swapaxes(0, 1)).swapaxes(0, 1), rnn.apply(variables, X))
+    agree(again.apply(variables, x.swapaxes(0, 1)).swapaxes(0, 1), rnn.apply(variables, x))
 
 
 def test_dropout_needs_a_stream():
@@ -101,6 +107,7 @@ def test_dropout_needs_a_stream():
     assert len(set(map(frozenset, dropped))) == TIME
 
 
+@pytest.mark.usefixtures("x64")
 def test_variables_that_are_carried():
     """As `nn.RNN` carries them, and leaves them after the last step."""
 
@@ -109,15 +116,17 @@ def test_variables_that_are_carried():
         def __call__(self, carry, x):
             count = self.variable("counts", "count", lambda: jnp.int32(0))
             count.value += 1
-            h = nn.Dense(self.features)(x)
+            h = nn.Dense(self.features, param_dtype=self.param_dtype)(x)
             return carry + h, h
 
     ours, theirs = (
-        kind(Counting(3), variable_carry="counts") for kind in (bsjax.linen.RNN, nn.RNN)
+        kind(Counting(3, param_dtype=jnp.float64), variable_carry="counts")
+        for kind in (bsjax.linen.RNN, nn.RNN)
     )
-    params = ours.init(jax.random.key(0), X)["params"]
+    x = sequence()
+    params = ours.init(jax.random.key(0), x)["params"]
     variables = {"params": params, "counts": {"cell": {"count": jnp.int32(0)}}}
-    (y, after), (want, _) = (r.apply(variables, X, mutable="counts") for r in (ours, theirs))
+    (y, after), (want, _) = (r.apply(variables, x, mutable="counts") for r in (ours, theirs))
     agree(y, want)
     assert int(after["counts"]["cell"]["count"]) == TIME
 

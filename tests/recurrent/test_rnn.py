@@ -10,20 +10,21 @@ from flax import nnx
 
 import bsjax
 import bsjax.nnx
-from bsjax.ops import _core
-from tests.recurrent.cells import BATCH, HIDDEN, IN, NAMES, TIME, cotangent, make, sequence
+from tests.helpers import loop_bodies
+from tests.recurrent.cells import (
+    BATCH,
+    HIDDEN,
+    IN,
+    NAMES,
+    TIME,
+    agree,
+    cotangent,
+    make,
+    sequence,
+)
 
 DY = cotangent((BATCH, TIME, HIDDEN))
-LENGTHS = jnp.array([2, TIME, 4])
-
-
-@pytest.fixture
-def sums(monkeypatch):
-    """The leading axes of x in every sddmm that is traced."""
-    seen, run = [], _core._run_sddmm
-    spy = lambda spec, x, y, p: seen.append(x.shape[:-1]) or run(spec, x, y, p)  # noqa: E731
-    monkeypatch.setattr(_core, "_run_sddmm", spy)
-    return seen
+LENGTHS = np.array([2, TIME, 4])
 
 
 @nnx.jit(static_argnames=("options",))
@@ -33,17 +34,14 @@ def results(rnn, x, lengths, options=()):
     def loss(rnn, x):
         (c, h), y = rnn(x, seq_lengths=lengths, return_carry=True, **dict(options))
         dy = jnp.moveaxis(DY, 1, 0) if y.shape[0] == TIME else DY
+        dy = dy.astype(y.dtype)
         return (y * dy).sum() + (c * jnp.sin(h)).sum(), ((c, h), y)
 
     gradients, out = nnx.grad(loss, argnums=(0, 1), has_aux=True)(rnn, x)
     return out, gradients
 
 
-def agree(got, want):
-    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(g, w, rtol=2e-4, atol=1e-5)
-
-
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("name", "options", "lengths"),
     [
@@ -74,21 +72,15 @@ def test_no_sddmm_in_the_compiled_loop():
 
     def in_loops(rnn):
         text = results.lower(rnn, sequence(), None).compile().as_text()
-        parts = re.split(r"\n(?=(?:ENTRY )?%[\w.\-]+ \()", text)
-        bodies = {re.match(r"(?:ENTRY )?%([\w.\-]+)", part)[1]: part for part in parts[1:]}
-        todo, seen = re.findall(r"body=%([\w.\-]+)", text), set()
-        assert todo
-        while todo:
-            name = todo.pop()
-            if name in bodies and name not in seen:
-                seen.add(name)
-                todo += re.findall(r"%([\w.\-]+)", bodies[name])
-        return sum(len(re.findall(rf"= (?:{shape})\S* dot\(", bodies[n])) for n in seen)
+        bodies = loop_bodies(text)
+        assert bodies
+        return len(re.findall(rf"= (?:{shape})\S* dot\(", bodies))
 
     assert in_loops(bsjax.nnx.RNN(cell)) == 0
     assert in_loops(nnx.RNN(cell)) == 1
 
 
+@pytest.mark.usefixtures("x64")
 def test_carried_state_is_one_long_sequence():
     """Two windows with the carry handed over are the whole sequence."""
     rnn = bsjax.nnx.RNN(make(in_stride=2, out_stride=3), return_carry=True)
@@ -113,6 +105,7 @@ def test_truncated_backpropagation_stops_at_the_carry():
     assert not gradient(sequence(), True).any()
 
 
+@pytest.mark.usefixtures("x64")
 def test_remat_is_no_remat():
     """The same numbers, and only the inputs and cotangents of products kept."""
     cells = [make(), make()]
@@ -130,6 +123,7 @@ def test_remat_is_no_remat():
     assert [program(rnn).count("= logistic") for rnn in rnns] == [3, 6]
 
 
+@pytest.mark.usefixtures("x64")
 def test_lengths_select_the_carry():
     """Any number of batch axes; after no step at all it is the first one."""
     rnn = bsjax.nnx.RNN(make("BlockLSTMCell"))
@@ -148,6 +142,7 @@ def test_lengths_select_the_carry():
         rnn(x, seq_lengths=jnp.ones((2,), jnp.int32))
 
 
+@pytest.mark.usefixtures("x64")
 def test_dropout_draws_for_each_step():
     """As under `nnx.RNN`, with its random numbers; another call draws anew; `eval` is exact."""
     ours, theirs = (kind(make(dropout_rate=0.5)) for kind in (bsjax.nnx.RNN, nnx.RNN))
@@ -162,6 +157,7 @@ def test_dropout_draws_for_each_step():
     np.testing.assert_array_equal(exact, run(bsjax.nnx.RNN(make()), x))
 
 
+@pytest.mark.usefixtures("x64")
 def test_other_cells():
     """Any cell of Flax: one without `project`, and one with a variable of its own."""
 
@@ -174,24 +170,26 @@ def test_other_cells():
             self.count[...] += 1
             return super().__call__(carry, x)
 
-    cells = [Counting(IN, HIDDEN, rngs=nnx.Rngs(0)) for _ in range(2)]
+    cells = [Counting(IN, HIDDEN, param_dtype=jnp.float64, rngs=nnx.Rngs(0)) for _ in range(2)]
     x = sequence()
     agree(bsjax.nnx.RNN(cells[0])(x), nnx.RNN(cells[1])(x))
     assert int(cells[0].count[...]) == TIME
     axes = nnx.StateAxes({nnx.Param: None, nnx.Variable: 0, ...: nnx.Carry})
-    stacked = Counting(IN, HIDDEN, rngs=nnx.Rngs(0))
+    stacked = Counting(IN, HIDDEN, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
     stacked.count.set_value(jnp.arange(TIME))
     bsjax.nnx.RNN(stacked, state_axes=axes)(x)
     np.testing.assert_array_equal(stacked.count[...], 1 + np.arange(TIME))
 
 
+@pytest.mark.usefixtures("x64")
 def test_changed_params_must_be_carried():
     class Decaying(nnx.SimpleCell):
         def __call__(self, carry, x):
             self.dense_h.kernel[...] *= 0.5
             return super().__call__(carry, x)
 
-    cells = [Decaying(IN, HIDDEN, rngs=nnx.Rngs(0)) for _ in range(3)]
+    dtypes = {"dtype": jnp.float64, "param_dtype": jnp.float64}
+    cells = [Decaying(IN, HIDDEN, **dtypes, rngs=nnx.Rngs(0)) for _ in range(3)]
     with pytest.raises(ValueError, match="a step changed a Param"):
         bsjax.nnx.RNN(cells[0])(sequence())
     axes = nnx.StateAxes({...: nnx.Carry})
@@ -199,6 +197,7 @@ def test_changed_params_must_be_carried():
     assert cells[1].dense_h.kernel[...].max() < 0.1
 
 
+@pytest.mark.usefixtures("x64")
 def test_both_directions():
     def both(kind):
         forward, backward = (kind(make("BlockLSTMCell", seed=i)) for i in range(2))
