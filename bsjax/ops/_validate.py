@@ -102,6 +102,17 @@ def shape(op: str, name: str, value: jax.Array, wanted: tuple[int, ...], meaning
         )
 
 
+def optional(
+    op: str, name: str, value: Any, wanted: tuple[int, ...], meaning: str
+) -> jax.Array | None:
+    """A floating-point array of an exact shape, if any."""
+    if value is None:
+        return None
+    value = array(op, name, value)
+    shape(op, name, value, wanted, meaning)
+    return value
+
+
 def flag(op: str, name: str, value: Any) -> bool:
     """A plain truth value: neither a permutation of axes nor a tracer."""
     if not isinstance(value, bool | np.bool_):
