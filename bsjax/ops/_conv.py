@@ -88,10 +88,7 @@ def conv(
     )
     into, out = form.space(transpose)
     shape = (*lead, *out, m)
-    gate = validate.optional(OP, "gate", gate, (p.capacity,), "one number for each slot")
-    meaning = "one number for each channel of the output"
-    bias = validate.optional(OP, "bias", bias, (m,), meaning)
-    residual = validate.optional(OP, "residual", residual, shape, "that of the output")
+    gate, bias, residual = validate.extras(OP, p, gate, bias, residual, shape, "channel")
     act = named(OP, activation)
     precision = validate.precision(OP, precision)
     dtype = _reference.common_dtype(x.dtype, values.dtype)

@@ -62,10 +62,7 @@ def matmul(
     validate.last_axis(op, "x", x, k, p, "multiply the transpose of" if transpose else "multiply")
     out_shape = (*x.shape[:-1], m)
     operands = (x, values)
-    gate = validate.optional(op, "gate", gate, (p.capacity,), "one number for each slot")
-    meaning = "one number for each feature of the output"
-    bias = validate.optional(op, "bias", bias, (m,), meaning)
-    residual = validate.optional(op, "residual", residual, out_shape, "that of the output")
+    gate, bias, residual = validate.extras(op, p, gate, bias, residual, out_shape, "feature")
     act = named(op, activation)
     sample = _sampled_tokens.draw(op, x, key, fraction, sampler, sample_block, scores)
     # an epilogue works on the unrounded sums

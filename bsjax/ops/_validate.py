@@ -113,6 +113,15 @@ def optional(
     return value
 
 
+def extras(
+    op: str, p: BlockPattern, gate: Any, bias: Any, residual: Any, out: tuple[int, ...], axis: str
+) -> tuple[jax.Array | None, ...]:
+    """What a product of shape `out` may have besides its operands."""
+    gate = optional(op, "gate", gate, (p.capacity,), "one number for each slot")
+    bias = optional(op, "bias", bias, out[-1:], f"one number for each {axis} of the output")
+    return gate, bias, optional(op, "residual", residual, out, "that of the output")
+
+
 def flag(op: str, name: str, value: Any) -> bool:
     """A plain truth value: neither a permutation of axes nor a tracer."""
     if not isinstance(value, bool | np.bool_):
