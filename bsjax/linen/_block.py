@@ -38,8 +38,9 @@ class BlockLayer(nn.Module):
 
     def weights(
         self, x: Any, window: tuple[int, ...] = ()
-    ) -> tuple[tuple[int, int], BlockPattern, Array, Array | None]:
-        """Features in, as many as `x` has, and out; the pattern, values and bias."""
+    ) -> tuple[tuple[int, int], BlockPattern, Any, Any]:
+        """Features in, as many as `x` has, and out; the pattern, values and bias: arrays of JAX, or
+        of NumPy where they were read from a file."""
         features = (jnp.shape(x)[-1] if jnp.ndim(x) else 0, self.out_features)
         _layers.check_features(self.LAYER, self.pattern, features)
         p = stored(self, self.pattern)
