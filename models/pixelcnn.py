@@ -28,7 +28,7 @@ COMMAND = "models.pixelcnn"
 OUT = Path(__file__).parent.parent / "out"
 # by the side of an image
 DEFAULTS = {
-    "small": {"filters": 32, "blocks": 2, "scales": 1, "mixtures": 5, "batch": 32, "block": 8},
+    "small": {"filters": 32, "blocks": 2, "scales": 1, "mixtures": 5, "batch": 16, "block": 8},
     "MNIST": {"filters": 64, "blocks": 2, "scales": 3, "mixtures": 10, "batch": 32, "block": 16},
     "color": {"filters": 192, "blocks": 5, "scales": 3, "mixtures": 10, "batch": 16, "block": 32},
 }
@@ -52,7 +52,7 @@ class Config:
         same=True,
     )
     steps: int = option(600, "training steps of each model", least=1, same=True)
-    batch: int = option(0, "images per step; 0: 32, of CIFAR-10 16", least=0, same=True)
+    batch: int = option(0, "images per step; 0: 16, of MNIST 32", least=0, same=True)
     filters: int = option(
         0, "features of a stream; 0: 32, of MNIST 64, of CIFAR-10 192", least=0, same=True
     )
