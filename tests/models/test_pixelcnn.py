@@ -129,7 +129,7 @@ def test_all_held_out_images_count_once(story):
     run = Run.start(pixelcnn.sizes(config, data)["dense"], config.training())
     model = run.model(averaged=True)
     each = [held_out_bits(model, data.held[i : i + 1], 4) for i in range(10)]
-    eps = np.finfo(np.float32).eps  # of sums of 16 pixels
+    eps = float(np.finfo(np.float32).eps)  # of sums of 16 pixels
     assert held_out_bits(model, data.held, 4) == pytest.approx(np.mean(each), rel=16 * eps)
 
 
