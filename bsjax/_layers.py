@@ -69,10 +69,6 @@ def linear(
     x, values, bias = cast(layer, dtype, in_features, x, values, bias)
     dtype = x.dtype
     k, m = p.shape
-    if x.shape[-1] < k:
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, k - x.shape[-1])])
-    if bias is not None:
-        bias = jnp.pad(bias, (0, m - out_features))
     if residual is not None:
         residual = jnp.asarray(residual, dtype)
         if residual.shape != (*x.shape[:-1], out_features):
@@ -80,12 +76,12 @@ def linear(
                 f"{layer}: `residual` of shape {tuple(residual.shape)} must have shape "
                 f"{(*x.shape[:-1], out_features)}, that of the output."
             )
-        residual = jnp.pad(residual, [(0, 0)] * (x.ndim - 1) + [(0, m - out_features)])
+        residual = padded(residual, m)
     y = ops.matmul(
-        x,
+        padded(x, k),
         values,
         p,
-        bias=bias,
+        bias=None if bias is None else padded(bias, m),
         activation=activation,
         residual=residual,
         precision=precision,
@@ -213,4 +209,6 @@ def _fused_mlp(
 
 def padded(a: Array, features: int) -> Array:
     """With zeros behind the last feature."""
+    if a.shape[-1] == features:  # outside jit nothing else would leave it where it is
+        return a
     return jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, features - a.shape[-1])])

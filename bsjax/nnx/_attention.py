@@ -105,8 +105,8 @@ class BlockAttention(nnx.Module):
         self.pattern: Pattern | None
         if pattern is None:
             self.pattern = nnx.data(None)
-        else:  # a copy: layers that are made of one pattern could not be donated to one program
-            self.pattern = Pattern(jax.tree.map(jnp.array, pattern))
+        else:
+            self.pattern = Pattern(pattern)
         self._projections(
             _transformer.projections(LAYER, projection_pattern, projection_block),
             (kernel_init, out_kernel_init or kernel_init, out_gain),

@@ -88,15 +88,7 @@ def conv(
     )
     into, out = form.space(transpose)
     shape = (*lead, *out, m)
-    if gate is not None:
-        gate = validate.array(OP, "gate", gate)
-        validate.shape(OP, "gate", gate, (p.capacity,), "one number for each slot")
-    if bias is not None:
-        bias = validate.array(OP, "bias", bias)
-        validate.shape(OP, "bias", bias, (m,), "one number for each channel of the output")
-    if residual is not None:
-        residual = validate.array(OP, "residual", residual)
-        validate.shape(OP, "residual", residual, shape, "that of the output")
+    gate, bias, residual = validate.extras(OP, p, gate, bias, residual, shape, "channel")
     act = named(OP, activation)
     precision = validate.precision(OP, precision)
     dtype = _reference.common_dtype(x.dtype, values.dtype)

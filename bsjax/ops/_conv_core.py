@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from bsjax.ops import _conv_dense, _conv_reference, _conv_xla, _core, _mesh, _mosaic, _mosaic_conv
+from bsjax.ops import _conv_dense, _conv_reference, _conv_xla, _core, _mesh, _mosaic_conv
 from bsjax.ops._choose import Problem
 from bsjax.ops._conv_form import Form
 from bsjax.ops._core import Spec
-from bsjax.pattern import BlockPattern, is_concrete
+from bsjax.pattern import BlockPattern
 
 # `_mosaic.why_not` says what kernels cannot run
 _IMPLEMENTATIONS = {
@@ -69,29 +69,8 @@ def problem(op: str, form: Form, n: Any, p: BlockPattern, dtype: Any) -> Problem
     )
 
 
+@_core.compiled("conv", 3)
 def _run_conv(
-    spec: Spec,
-    form: Form,
-    transpose: bool,
-    x: Array,
-    values: Array,
-    p: BlockPattern,
-    open_: Open,
-) -> Array:
-    if not is_concrete(x, values, p.row, p.col):
-        return _stage_conv(spec, form, transpose, x, values, p, open_)
-    with _mosaic.in_words("conv"):
-        return _jit_conv(spec, form, transpose, x, values, p, open_)
-
-
-def _run_taps(spec: Spec, form: Form, x: Array, y: Array, p: BlockPattern) -> Array:
-    if not is_concrete(x, y, p.row, p.col):
-        return _stage_taps(spec, form, x, y, p)
-    with _mosaic.in_words("conv"):
-        return _jit_taps(spec, form, x, y, p)
-
-
-def _stage_conv(
     spec: Spec,
     form: Form,
     transpose: bool,
@@ -125,7 +104,8 @@ def _stage_conv(
     return _mesh.per_token(staged, x, (values, p))
 
 
-def _stage_taps(spec: Spec, form: Form, x: Array, y: Array, p: BlockPattern) -> Array:
+@_core.compiled("conv", 2)
+def _run_taps(spec: Spec, form: Form, x: Array, y: Array, p: BlockPattern) -> Array:
     x, y = _core.one_dtype(spec, x, y)
 
     def run(name: str, x: Array, y: Array, p: BlockPattern) -> Array:
@@ -143,11 +123,6 @@ def _stage_taps(spec: Spec, form: Form, x: Array, y: Array, p: BlockPattern) -> 
 
     staged = _core.stage(spec, problem("taps", form, _mesh.tokens(x), p, x.dtype), run)
     return _mesh.over_tokens(staged, x, y, p)
-
-
-# outside jit, loops that close over arrays would be compiled again at every call
-_jit_conv = jax.jit(_stage_conv, static_argnums=(0, 1, 2))
-_jit_taps = jax.jit(_stage_taps, static_argnums=(0, 1))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

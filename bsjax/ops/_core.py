@@ -64,21 +64,27 @@ def sddmm(spec: Spec, x: Array, y: Array, p: BlockPattern) -> Array:
     return product(spec, x, y, p)
 
 
+def compiled[**A, T](op: str, static: int) -> Callable[[Callable[A, T]], Callable[A, T]]:
+    """Of a function of `static` static arguments and arrays: outside jit, where loops that close
+    over arrays would be compiled again at every call, it is compiled once for each size."""
+
+    def wrap(run: Callable[A, T]) -> Callable[A, T]:
+        once = jax.jit(run, static_argnums=tuple(range(static)))
+
+        @functools.wraps(run)
+        def either(*args, **none):
+            if not is_concrete(*jax.tree.leaves(args[static:])):
+                return run(*args, **none)
+            with _mosaic.in_words(op):
+                return once(*args, **none)
+
+        return either
+
+    return wrap
+
+
+@compiled("matmul", 2)
 def _run_matmul(spec: Spec, transpose: bool, x: Array, values: Array, p: BlockPattern) -> Array:
-    if not is_concrete(x, values, p.row, p.col):
-        return _stage_matmul(spec, transpose, x, values, p)
-    with _mosaic.in_words("matmul"):
-        return _jit_matmul(spec, transpose, x, values, p)
-
-
-def _run_sddmm(spec: Spec, x: Array, y: Array, p: BlockPattern) -> Array:
-    if not is_concrete(x, y, p.row, p.col):
-        return _stage_sddmm(spec, x, y, p)
-    with _mosaic.in_words("sddmm"):
-        return _jit_sddmm(spec, x, y, p)
-
-
-def _stage_matmul(spec: Spec, transpose: bool, x: Array, values: Array, p: BlockPattern) -> Array:
     x, values = one_dtype(spec, x, values)
 
     def run(name: str, x: Array, weights: tuple[Array, BlockPattern]) -> Array:
@@ -90,7 +96,8 @@ def _stage_matmul(spec: Spec, transpose: bool, x: Array, values: Array, p: Block
     return _mesh.per_token(staged, x, (values, p))
 
 
-def _stage_sddmm(spec: Spec, x: Array, y: Array, p: BlockPattern) -> Array:
+@compiled("sddmm", 1)
+def _run_sddmm(spec: Spec, x: Array, y: Array, p: BlockPattern) -> Array:
     x, y = one_dtype(spec, x, y)
 
     def run(name: str, x: Array, y: Array, p: BlockPattern) -> Array:
@@ -99,11 +106,6 @@ def _stage_sddmm(spec: Spec, x: Array, y: Array, p: BlockPattern) -> Array:
         )
 
     return _mesh.over_tokens(stage(spec, _problem("sddmm", x, p), run), x, y, p)
-
-
-# outside jit, loops that close over arrays would be compiled again at every call
-_jit_matmul = jax.jit(_stage_matmul, static_argnums=(0, 1))
-_jit_sddmm = jax.jit(_stage_sddmm, static_argnums=0)
 
 
 def _problem(op: str, x: Array, p: BlockPattern) -> Problem:

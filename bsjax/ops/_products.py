@@ -62,15 +62,7 @@ def matmul(
     validate.last_axis(op, "x", x, k, p, "multiply the transpose of" if transpose else "multiply")
     out_shape = (*x.shape[:-1], m)
     operands = (x, values)
-    if gate is not None:
-        gate = validate.array(op, "gate", gate)
-        validate.shape(op, "gate", gate, (p.capacity,), "one number for each slot")
-    if bias is not None:
-        bias = validate.array(op, "bias", bias)
-        validate.shape(op, "bias", bias, (m,), "one number for each feature of the output")
-    if residual is not None:
-        residual = validate.array(op, "residual", residual)
-        validate.shape(op, "residual", residual, out_shape, "that of the output")
+    gate, bias, residual = validate.extras(op, p, gate, bias, residual, out_shape, "feature")
     act = named(op, activation)
     sample = _sampled_tokens.draw(op, x, key, fraction, sampler, sample_block, scores)
     # an epilogue works on the unrounded sums

@@ -110,10 +110,10 @@ def sampled_conv(
     weights: Float[Array, " k"],
     conv: Callable[..., Array],
 ) -> Float[Array, "n ..."]:
-    """`sum_c weights_c x_c * w_c`, over channels in, by the convolution `conv(x, w, precision)`."""
+    """`sum_c weights_c x_c * w_c`, over channels in, by the convolution `conv`."""
     kept = accumulator(x, w)
     scaled = w.astype(kept) * weights.astype(kept).reshape(*[1] * (w.ndim - 2), -1, 1)
-    return conv(x.astype(kept), scaled, jax.lax.Precision.HIGHEST).astype(x.dtype)
+    return conv(x.astype(kept), scaled, precision=jax.lax.Precision.HIGHEST).astype(x.dtype)
 
 
 def common_dtype(*dtypes: Any) -> Any:

@@ -1,6 +1,5 @@
 """`sampled_conv`: a convolution is a sum over its input channels, and only a sample is computed."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from jaxtyping import Array, Float
 from bsjax.ops import _core, _mesh, _reference
 from bsjax.ops import _validate as validate
 from bsjax.ops._choose import Implementation, refuse
-from bsjax.ops._conv_form import Padding, each, pads
+from bsjax.ops._conv_form import Form, Padding, each, forward, pads
 from bsjax.ops._sampled import Policy, compact
 from bsjax.ops._sampled_core import Cut, Index, Spec, of_features, squares, times
 from bsjax.ops._samplers import SAMPLERS, Sampler
@@ -91,11 +90,9 @@ def sampled_conv(
             f"{OP}: `block` must divide the channels in, {k} for `w` of shape {w.shape}, got "
             f"{block}: take a divisor of them, or pad with zeros."
         )
-    if scores is not None:
-        scores = validate.array(OP, "scores", scores)
-        validate.shape(OP, "scores", scores, (k,), "one number for each channel of `x`")
+    scores = validate.optional(OP, "scores", scores, (k,), "one number for each channel of `x`")
     lead, space = x.shape[: -axes - 1], x.shape[-axes - 1 : -1]
-    form = Form(
+    form = forward(
         space,
         tuple(window),
         each(OP, "strides", strides, axes),
@@ -110,66 +107,38 @@ def sampled_conv(
     else:
         x, w, weights = _core.same_axes(x, w, weights)
         y = _conv(spec, form, x.reshape(*lead, math.prod(space) * k), w, weights)
-    return y.reshape(*lead, *form.space_out, m)
+    return y.reshape(*lead, *form.target, m)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Form:
-    """The static part of a convolution. Images are rows `[n, space * channels]` here, so that they
-    are placed over a mesh as tokens are."""
+# Images are rows [n, space * channels] here, so that they are placed over a mesh as tokens are.
 
-    space: tuple[int, ...]
-    window: tuple[int, ...]
-    strides: tuple[int, ...]
-    padding: str | tuple[tuple[int, int], ...]
-    dilation: tuple[int, ...]
 
-    @property
-    def space_out(self) -> tuple[int, ...]:
-        """The axes of space of y."""
-        dtype = jnp.float32
-        shapes = (1, *self.space, 1), (*self.window, 1, 1)
-        args = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
-        return jax.eval_shape(functools.partial(self.conv, precision=None), *args).shape[1:-1]
+def _rows(form: Form, spec: Spec, x: Float[Array, "n i"], w: Float[Array, "..."]) -> Array:
+    """The convolution of images in rows with `w[*window, k, m]`, in the dtype that holds both."""
+    dtype = _reference.common_dtype(x.dtype, w.dtype)
+    full = _reference.common_dtype(spec.x_dtype, spec.w_dtype).itemsize > 2
+    precision = lax.Precision.HIGHEST if full else lax.Precision.DEFAULT
+    images = x.astype(dtype).reshape(x.shape[0], *form.source, w.shape[-2])
+    y = form.conv(images, w.astype(dtype), precision=precision)
+    return y.reshape(x.shape[0], math.prod(y.shape[1:]))
 
-    def conv(self, x: Float[Array, "n ..."], w: Float[Array, "..."], precision: Any) -> Array:
-        """Of images `[n, *space, k]` in one dtype with `w[*window, k, m]`."""
-        axes = "DHW"[-len(self.window) :]
-        return lax.conv_general_dilated(
-            x,
-            w,
-            self.strides,
-            self.padding,
-            rhs_dilation=self.dilation,
-            dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
-            precision=precision,
-        )
 
-    def rows(self, x: Float[Array, "n i"], w: Float[Array, "..."], spec: Spec) -> Array:
-        """The same of images in rows, in the dtype that holds both."""
-        dtype = _reference.common_dtype(x.dtype, w.dtype)
-        full = _reference.common_dtype(spec.x_dtype, spec.w_dtype).itemsize > 2
-        precision = lax.Precision.HIGHEST if full else lax.Precision.DEFAULT
-        images = x.astype(dtype).reshape(x.shape[0], *self.space, w.shape[-2])
-        y = self.conv(images, w.astype(dtype), precision)
-        return y.reshape(x.shape[0], math.prod(y.shape[1:]))
+def _channels(form: Form, cut: Cut, x: Float[Array, "n i"], index: Index) -> Array:
+    """The channels that are taken of images in rows."""
+    if index is None:
+        return x
+    pixels = x.reshape(x.shape[0] * math.prod(form.source), cut.length)
+    taken = cut.features(pixels, index)
+    return taken.reshape(x.shape[0], math.prod(form.source) * taken.shape[1])
 
-    def channels(self, x: Float[Array, "n i"], cut: Cut, index: Index) -> Array:
-        """The channels that are taken of images in rows."""
-        if index is None:
-            return x
-        pixels = x.reshape(x.shape[0] * math.prod(self.space), cut.length)
-        taken = cut.features(pixels, index)
-        return taken.reshape(x.shape[0], math.prod(self.space) * taken.shape[1])
 
-    def channels_back(self, x: Float[Array, "n s"], cut: Cut, index: Index) -> Array:
-        """Channels where they came from, and zeros elsewhere."""
-        if index is None:
-            return x
-        pixels = x.reshape(x.shape[0] * math.prod(self.space), index.size * cut.block)
-        return cut.features_back(pixels, index).reshape(
-            x.shape[0], math.prod(self.space) * cut.length
-        )
+def _channels_back(form: Form, cut: Cut, x: Float[Array, "n s"], index: Index) -> Array:
+    """Channels where they came from, and zeros elsewhere."""
+    if index is None:
+        return x
+    pixels = x.reshape(x.shape[0] * math.prod(form.source), index.size * cut.block)
+    whole = cut.features_back(pixels, index)
+    return whole.reshape(x.shape[0], math.prod(form.source) * cut.length)
 
 
 def _by_channel(w: Float[Array, "..."]) -> Float[Array, "k i"]:
@@ -190,10 +159,10 @@ def _conv(spec: Spec, form: Form, x: Array, w: Array, weights: Array | None) -> 
 def _conv_fwd(spec, form, x, w, weights):
     cut = spec.cut(spec.features)
     index, scale = spec.sample(cut, weights)
-    xs = _mesh.per_token(lambda x, index: form.channels(x, cut, index), x, index)
+    xs = _mesh.per_token(lambda x, index: _channels(form, cut, x, index), x, index)
     rows = times(cut.rows(_by_channel(w), index), cut, scale)
     ws = _as_kernel(rows, form.window, w.shape[-1])
-    y = _mesh.per_token(lambda xs, ws: form.rows(xs, ws, spec).astype(spec.x_dtype), xs, ws)
+    y = _mesh.per_token(lambda xs, ws: _rows(form, spec, xs, ws).astype(spec.x_dtype), xs, ws)
     return y, (*_core.saved(xs, ws), index, scale)
 
 
@@ -208,11 +177,11 @@ def _conv_bwd(spec, form, residuals, dy):
 
     def to_x(dy: Array, weights: Any) -> Array:
         ws, index = weights
-        dxs = transposed(lambda xs: form.rows(xs, ws, spec), (dy.shape[0], xs.shape[-1]), dy)
-        return form.channels_back(dxs.astype(spec.x_dtype), cut, index)
+        dxs = transposed(lambda xs: _rows(form, spec, xs, ws), (dy.shape[0], xs.shape[-1]), dy)
+        return _channels_back(form, cut, dxs.astype(spec.x_dtype), index)
 
     def to_w(xs: Array, dy: Array, _: Any) -> Array:
-        return _by_channel(transposed(lambda ws: form.rows(xs, ws, spec), ws.shape, dy))
+        return _by_channel(transposed(lambda ws: _rows(form, spec, xs, ws), ws.shape, dy))
 
     dx = _mesh.per_token(to_x, dy, (ws, index))
     rows = times(_mesh.over_tokens(to_w, xs, dy), cut, scale).astype(spec.w_dtype)

@@ -102,6 +102,26 @@ def shape(op: str, name: str, value: jax.Array, wanted: tuple[int, ...], meaning
         )
 
 
+def optional(
+    op: str, name: str, value: Any, wanted: tuple[int, ...], meaning: str
+) -> jax.Array | None:
+    """A floating-point array of an exact shape, if any."""
+    if value is None:
+        return None
+    value = array(op, name, value)
+    shape(op, name, value, wanted, meaning)
+    return value
+
+
+def extras(
+    op: str, p: BlockPattern, gate: Any, bias: Any, residual: Any, out: tuple[int, ...], axis: str
+) -> tuple[jax.Array | None, ...]:
+    """What a product of shape `out` may have besides its operands."""
+    gate = optional(op, "gate", gate, (p.capacity,), "one number for each slot")
+    bias = optional(op, "bias", bias, out[-1:], f"one number for each {axis} of the output")
+    return gate, bias, optional(op, "residual", residual, out, "that of the output")
+
+
 def flag(op: str, name: str, value: Any) -> bool:
     """A plain truth value: neither a permutation of axes nor a tracer."""
     if not isinstance(value, bool | np.bool_):

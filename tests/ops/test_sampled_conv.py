@@ -194,7 +194,8 @@ def test_remat_and_second_order():
     want = jax.jit(jax.grad(gradient(by_hand)))(w)
     for f in (sampled, jax.checkpoint(sampled)):
         got = jax.jit(jax.grad(gradient(f)))(w)
-        np.testing.assert_allclose(got, want, atol=1e-4 * float(abs(want).max()))
+        size = float(abs(want).max())  # of derivatives of derivatives, which no sum of terms bounds
+        assert_close(got / size, np.asarray(want) / np.float32(size), x.size)
 
 
 @pytest.mark.parametrize("axis_type", [slow(AxisType.Auto), AxisType.Explicit])
