@@ -132,16 +132,15 @@ def from_tensors(
 
 
 def filled[T](model: T, arrays: Mapping[str, np.ndarray]) -> T:
-    """An abstract model with these arrays as its variables, by their dotted paths."""
+    """A model, perhaps an abstract one, with these arrays as its parameters, by dotted paths."""
     graph, state = nnx.split(model)
     for path, variable in nnx.to_flat_state(state):
-        variable.set_value(jnp.asarray(arrays[".".join(map(str, path))]))
+        if isinstance(variable, nnx.Param):
+            variable.set_value(jnp.asarray(arrays[".".join(map(str, path))]))
     return nnx.merge(graph, state)
 
 
-def _size(
-    tensors: _tensors.Tensors, prefix: str, heads: int | None, epsilon: float
-) -> Size:
+def _size(tensors: _tensors.Tensors, prefix: str, heads: int | None, epsilon: float) -> Size:
     config = _config(tensors.path.parent / "config.json")
     for name in ("wte.weight", "wpe.weight", "h.0.mlp.c_fc.weight"):
         if f"{prefix}{name}" not in tensors or len(tensors.shape(f"{prefix}{name}")) != 2:

@@ -107,6 +107,8 @@ def logits(made, ids, heads, epsilon, activation="gelu_new"):
         x = made["wte.weight"][row] + made["wpe.weight"][: len(row)]
         for i in range(layers):
             x = x + attend(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn")
-            x = x + linear(act(linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")), f"h.{i}.mlp.c_proj")
+            x = x + linear(
+                act(linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")), f"h.{i}.mlp.c_proj"
+            )
         results.append(norm(x, "ln_f") @ made["wte.weight"].T)
     return np.stack(results)
