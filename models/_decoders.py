@@ -114,9 +114,7 @@ def _ours(tensors: _tensors.Tensors) -> Decoder:
     shapes = {name: tuple(array.shape) for name, array in _parameters(model).items()}
     _tensors.check_names(tensors.path, shapes, tensors.names - indices, "what it says")
     read = {name: tensors.floats(name, shape) for name, shape in shapes.items()}
-    return Decoder(
-        gpt2.filled(model, read), facts["kind"], facts["about"], facts.get("trained on")
-    )
+    return Decoder(gpt2.filled(model, read), facts["kind"], facts["about"], facts.get("trained on"))
 
 
 def _from_checkpoint(folder: Path) -> Decoder:
@@ -131,8 +129,8 @@ def _from_checkpoint(folder: Path) -> Decoder:
         arrays, said = found["arrays"], found["record"]["about"]
     except (KeyError, OSError, TypeError, ValueError) as error:
         raise Mistake(
-            f"{where} cannot be read ({type(error).__name__}): it was damaged, or made by something "
-            "else than models.transformer"
+            f"{where} cannot be read ({type(error).__name__}): it was damaged, or made by "
+            "something else than models.transformer"
         ) from error
     models: dict[str, dict[str, np.ndarray]] = {}
     for name, array in arrays.items():
@@ -152,9 +150,7 @@ def _from_checkpoint(folder: Path) -> Decoder:
     if wrong := [name for name in wanted if wanted[name] != given[name]]:
         raise Mistake(f"{where} has other shapes than its flags say, such as that of {wrong[0]}")
     read = {name: np.asarray(array) for name, array in dense[0].items()}
-    return Decoder(
-        gpt2.filled(model, read), "transformer", about, said.get("a text with the hash")
-    )
+    return Decoder(gpt2.filled(model, read), "transformer", about, said.get("a text with the hash"))
 
 
 def _parameters(model: Any) -> dict[str, Any]:

@@ -29,7 +29,12 @@ class Weight(NamedTuple):
     """The matrix `[in, out]` of a layer, and which of its blocks are there to be kept."""
 
     matrix: np.ndarray
-    stored: np.ndarray
+    stored: np.ndarray  # bool (block-rows, block-columns)
+    block: int
+
+    def norms(self) -> np.ndarray:
+        """`block_norms`, of missing blocks minus infinity."""
+        return np.where(self.stored, block_norms(self.matrix, self.block), -np.inf)
 
 
 def inner(path: Path) -> bool:
@@ -99,17 +104,16 @@ def keep(scores: np.ndarray, count: int, balance: str = "none") -> np.ndarray:
 
 
 def by_magnitude(
-    found: Mapping[str, Weight], block: int, density: float, *, scope: str, balance: str
+    found: Mapping[str, Weight], density: float, *, scope: str = "layer", balance: str = "none"
 ) -> Masks:
     """`masks` of the norms of blocks."""
-    scores = {
-        name: np.where(one.stored, block_norms(one.matrix, block), -np.inf)
-        for name, one in found.items()
-    }
+    scores = {name: one.norms() for name, one in found.items()}
     return masks(scores, density, scope=scope, balance=balance)
 
 
-def at_random(found: Mapping[str, Weight], like: Masks, *, balance: str, seed: int) -> Masks:
+def at_random(
+    found: Mapping[str, Weight], like: Masks, *, balance: str = "none", seed: int
+) -> Masks:
     """As many blocks of each layer as in `like`, drawn from those that there are."""
     rng = np.random.default_rng(seed)
     scores = {
@@ -117,6 +121,19 @@ def at_random(found: Mapping[str, Weight], like: Masks, *, balance: str, seed: i
         for name, one in found.items()
     }
     return {name: keep(score, int(like[name].sum()), balance) for name, score in scores.items()}
+
+
+def share(kept: Masks, found: Mapping[str, Weight]) -> float:
+    """Weights in these blocks over all weights of the layers. What pads a last block is none."""
+    inside = 0
+    for name, mask in kept.items():
+        block = found[name].block
+        tall, wide = (
+            np.minimum(block, side - block * np.arange(count))
+            for side, count in zip(found[name].matrix.shape, mask.shape, strict=True)
+        )
+        inside += int(tall @ mask @ wide)
+    return inside / sum(one.matrix.size for one in found.values())
 
 
 def pruned[M: nnx.Module](model: M, kept: Masks, block: int) -> M:
@@ -194,7 +211,7 @@ def clone[M: nnx.Module](model: M) -> M:
 def _weight(name: str, layer: Any, block: int) -> Weight:
     if isinstance(layer, nnx.Linear):
         matrix = np.asarray(layer.kernel[...])
-        return Weight(matrix, np.ones([-(-side // block) for side in matrix.shape], bool))
+        return Weight(matrix, np.ones([-(-side // block) for side in matrix.shape], bool), block)
     p = layer.pattern.get_value()
     if p.block != (block, block):
         raise Mistake(
@@ -202,7 +219,7 @@ def _weight(name: str, layer: Any, block: int) -> Weight:
             f"{p.block[0]} to prune it further"
         )
     matrix = np.asarray(bsjax.todense(layer.values[...], p))
-    return Weight(matrix[: layer.in_features, : layer.out_features], np.asarray(p.mask()))
+    return Weight(matrix[: layer.in_features, : layer.out_features], np.asarray(p.mask()), block)
 
 
 def _padded(matrix: np.ndarray, block: int) -> np.ndarray:
