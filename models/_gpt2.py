@@ -38,6 +38,7 @@ ONLY = {
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
 }
+CAUSAL = bsjax.masks.causal()  # one for all: models of a size are equal, and compile once
 PREFIX = "transformer."
 BUFFERS = (".attn.bias", ".attn.masked_bias")  # the causal mask of old files
 
@@ -71,7 +72,7 @@ class GPT2(nnx.Module):
                 bsjax.nnx.BlockTransformerLayer(
                     size.features,
                     size.heads,
-                    attention={"mask": bsjax.masks.causal()},
+                    attention={"mask": CAUSAL},
                     mlp={
                         "hidden_features": size.hidden,
                         "activation": ACTIVATIONS[size.activation],

@@ -156,18 +156,21 @@ def place(model: Any, name: str, p: bsjax.BlockPattern, values: Any) -> None:
     *parents, last = (int(key) if key.isdigit() else key for key in name.split("."))
     holder = functools.reduce(_part, parents, model)
     old = _part(holder, last)
-    new = bsjax.nnx.BlockLinear(
-        old.in_features,
-        old.out_features,
-        pattern=p,
-        use_bias=old.bias is not None,
-        dtype=old.dtype,
-        param_dtype=old.param_dtype,
-        precision=old.precision,
-        kernel_init=_zeros,
-        rngs=nnx.Rngs(0),  # draws nothing
+    # its own initial values would be drawn for nothing, and for each pattern be compiled
+    new = nnx.eval_shape(
+        lambda: bsjax.nnx.BlockLinear(
+            old.in_features,
+            old.out_features,
+            pattern=p,
+            use_bias=old.bias is not None,
+            dtype=old.dtype,
+            param_dtype=old.param_dtype,
+            precision=old.precision,
+            rngs=nnx.Rngs(0),
+        )
     )
     new.values.set_value(values)
+    new.pattern.set_value(jax.tree.map(jnp.array, p))
     if old.bias is not None:
         new.bias = old.bias
     if isinstance(last, int):
@@ -188,16 +191,7 @@ def fuse(model: Any) -> None:
         up, down = old.up, old.down
         if not all(isinstance(one, bsjax.nnx.BlockLinear) for one in (up, down)):
             continue
-        new = bsjax.nnx.BlockMLP(
-            up.in_features,
-            up.out_features,
-            down.out_features,
-            pattern=up.pattern.get_value(),
-            down_pattern=down.pattern.get_value(),
-            activation=old.activation,
-            kernel_init=_zeros,
-            rngs=nnx.Rngs(0),
-        )
+        new = nnx.eval_shape(functools.partial(_mlp, up, down, old.activation))
         new.up, new.down = up, down
         layer.mlp = new
 
@@ -211,6 +205,11 @@ def clone[M: nnx.Module](model: M) -> M:
 def _weight(name: str, layer: Any, block: int) -> Weight:
     if isinstance(layer, nnx.Linear):
         matrix = np.asarray(layer.kernel[...])
+        if block > min(matrix.shape):
+            raise Mistake(
+                f"--block {block} is larger than a side of the layer {name}, {matrix.shape[0]} x "
+                f"{matrix.shape[1]}: give a smaller one"
+            )
         return Weight(matrix, np.ones([-(-side // block) for side in matrix.shape], bool), block)
     p = layer.pattern.get_value()
     if p.block != (block, block):
@@ -230,6 +229,7 @@ def _part(holder: Any, key: str | int) -> Any:
     return holder[key] if isinstance(key, int) else getattr(holder, key)
 
 
-@bsjax.inits.by_pattern
-def _zeros(key: Any, p: bsjax.BlockPattern, dtype: Any, features: Any) -> Any:
-    return jnp.zeros((p.capacity, *p.block), dtype)
+def _mlp(up: Any, down: Any, activation: Any) -> bsjax.nnx.BlockMLP:
+    patterns = {"pattern": up.pattern.get_value(), "down_pattern": down.pattern.get_value()}
+    features = (up.in_features, up.out_features, down.out_features)
+    return bsjax.nnx.BlockMLP(*features, activation=activation, rngs=nnx.Rngs(0), **patterns)

@@ -9,12 +9,13 @@ import numpy as np
 from models import _report as report
 
 DENSE, MAGNITUDE, RANDOM = "dense", "magnitude", "random"
+GIVEN = "as given"  # in the place of dense, of a model that has been pruned before
 SHOWN = 8  # patterns in the picture
 
 
 def title(method: str, density: float) -> str:
     """What a model is called."""
-    return method if method == DENSE else f"{method} {density:g}"
+    return f"{method} {density:g}" if method in (MAGNITUDE, RANDOM) else method
 
 
 def show(
@@ -24,12 +25,12 @@ def show(
     seconds: Mapping[str, np.ndarray],
     models: Mapping[str, Any],
 ) -> None:
-    """Prints the table and saves the pictures. `seconds` are those of the dense model and of the
-    pruned ones, by density."""
+    """Prints the table and saves the pictures. The first row is the model that was pruned;
+    `seconds` are those of this one and of the pruned ones, by density."""
     name = "bits/byte" if unit == "byte" else "nats/token"
-    table = {}
+    table, base = {}, rows[0].method
     for row in rows:
-        timed = DENSE if row.method == DENSE else f"{row.density:g}"
+        timed = base if row.method == base else f"{row.density:g}"
         cells = {"stored": row.stored, "parameters": row.parameters, name: row.loss}
         if unit == "token":
             cells["perplexity"] = math.exp(row.loss)
@@ -39,11 +40,11 @@ def show(
                 cells["perplexity, then"] = math.exp(row.tuned)
         if row.method != RANDOM:  # as many blocks: as long
             cells["ms"] = 1e3 * float(np.median(seconds[timed]))
-            cells["speed"] = report.ratio(seconds[DENSE], seconds[timed])
+            cells[f"speed ({base} = 1)"] = report.ratio(seconds[base], seconds[timed])
         table[title(row.method, row.density)] = cells
     window = config.batch * config.length
     report.print_table(f"Held-out {name}; forward passes of {window:,} {unit}s", table)
-    stem, densities = str(config.out / "prune"), sorted(config.densities)
+    stem, densities = str(config.out / "prune"), sorted(set(config.densities))
     if len(densities) > 1:
         report.save_lines(
             f"{stem}.png",
@@ -68,6 +69,6 @@ def _lines(
         if row.tuned is not None:
             found[f"{row.method}, {steps} steps more"] = row.tuned
         for name, loss in found.items():
-            at = densities if row.method == DENSE else [row.density]
+            at = densities if row is rows[0] else [row.density]
             lines.setdefault(name, []).extend((density, [loss]) for density in at)
     return lines

@@ -32,7 +32,7 @@ from models import _text as texts
 from models._cli import Mistake, option
 from models._decoders import Decoder
 from models._language import bits, heldout_bits
-from models._prune_report import DENSE, MAGNITUDE, RANDOM, show, title
+from models._prune_report import DENSE, GIVEN, MAGNITUDE, RANDOM, show, title
 from models._report import interleaved
 from models._runs import Runs, whereabouts
 from models._train import Progress, finite, is_matrix, output_folder
@@ -186,10 +186,11 @@ def prune_all(bench: Bench, decoder: Decoder, add: Any) -> tuple[list[Row], dict
     config, dense = bench.config, decoder.model
     found = pruning.weights(dense, config.block)
     stored = pruning.share({name: one.stored for name, one in found.items()}, found)
-    rows = [bench.row(DENSE, stored, stored, pruning.clone(dense))]
+    base = DENSE if stored == 1 else GIVEN
+    rows = [bench.row(base, stored, stored, pruning.clone(dense))]
     add(rows[0])
     kept: dict[str, Any] = {}
-    for density in config.densities:
+    for density in dict.fromkeys(config.densities):
         how = {"scope": config.scope, "balance": config.balance}
         chosen = {MAGNITUDE: pruning.by_magnitude(found, density, **how)}
         if config.random:
@@ -277,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
             path = config.out / f"prune-{MAGNITUDE}-{name}.safetensors"
             _decoders.save(path, decoder._replace(model=model, trained_on=seen))
     print("Timing forward passes, the models in turn ...", flush=True)
-    seconds = times(config, text, {DENSE: decoder.model, **models})
+    seconds = times(config, text, {rows[0].method: decoder.model, **models})
     settings = {"timing": f"forward pass of {config.batch} x {config.length}", **about}
     runs.add(settings, {name: list(all_) for name, all_ in seconds.items()}, where)
     show(config, unit, rows, seconds, models)
