@@ -163,7 +163,9 @@ class Bench(NamedTuple):
     def loss(self, model: Any) -> float:
         """On held-out text: bits per byte, or nats per token."""
         c = self.config
-        sizes = {"count": c.heldout, "length": c.length, "size": 4 * c.batch}
+        # windows at a time: logits over many tokens take more memory than anything else
+        size = 4 * c.batch if self.unit == "byte" else c.batch
+        sizes = {"count": c.heldout, "length": c.length, "size": size}
         found = heldout_bits(model, self.text.heldout, **sizes)
         return found if self.unit == "byte" else found * math.log(2)
 
@@ -221,6 +223,8 @@ def times(config: Config, text: texts.Text, models: dict[str, Any]) -> dict[str,
 
 def load(config: Config) -> tuple[Decoder | None, texts.Text, str]:
     """The model, unless it is to be trained, and its text."""
+    if config.tokens and (config.data or config.tokenizer):
+        raise Mistake("--tokens are the text already: leave --data and --tokenizer out")
     decoder, tokenizer = None, config.tokenizer
     if config.model is not None:
         decoder = _decoders.load(config.model, heads=config.heads, epsilon=config.epsilon)
