@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool
 
 from bsjax.ops import _attention_validate as validate
-from bsjax.ops._attention_tile import kept
+from bsjax.ops._reference import accumulator
 from bsjax.pattern import BlockPattern
 from bsjax.pattern._validate import pair, size
 
@@ -52,13 +52,13 @@ def top_blocks(
     most = int(np.minimum(np.broadcast_to(reach, r), br * count).sum())
     capacity = most if capacity is None else size(OP, "capacity", capacity)
     q, k = (lax.stop_gradient(a).reshape(n, *a.shape[len(lead) :]) for a in (q, k))
-    q, k = (a.astype(kept(a.dtype)) for a in (q, k))
+    q, k = (a.astype(accumulator(a)) for a in (q, k))
     own = jnp.arange(length, dtype=jnp.int32)[:, None] // bc
     column = jnp.arange(c, dtype=jnp.int32)[None]
     allowed = column <= own if causal else jnp.ones((length, c), bool)
 
     def chosen_by(q: Array, k: Array) -> Array:
-        """`q[q, d]`, `k[s, d]` of one head: bool `[r * br, c]`."""
+        """`q[q, d]`, `k[s, d]` of one head: bool `[q, c]`."""
         padded = jnp.pad(k, ((0, c * bc - s), (0, 0))).reshape(c, bc, d).sum(1)
         members = jnp.minimum(bc, s - bc * jnp.arange(c)).astype(k.dtype)
         score = jnp.matmul(q, (padded / members[:, None]).T, precision=lax.Precision.HIGHEST)
@@ -66,18 +66,26 @@ def top_blocks(
             score = jnp.where(column == own, jnp.inf, jnp.where(allowed, score, -jnp.inf))
         best = lax.top_k(score, min(count, c))[1]
         rows = jnp.arange(length, dtype=jnp.int32)[:, None]
-        chosen = jnp.zeros((length, c), bool).at[rows, best].set(True) & allowed
-        return jnp.pad(chosen, ((0, r * br - length), (0, 0)))
+        return jnp.zeros((length, c), bool).at[rows, best].set(True) & allowed
 
     def one(q: Array, k: Array) -> tuple[BlockPattern, Array]:
         if not r * c:
             p = BlockPattern.from_mask(np.zeros((r, c), bool), (br, bc), capacity=capacity)
             return p, jnp.zeros((capacity, br, 1), bool)
-        chosen = chosen_by(q, k).reshape(r, br, c)
-        p = BlockPattern.from_mask(chosen.any(1), (br, bc), capacity=capacity)
-        return p, chosen.at[p.row, :, p.col].get(mode="clip")[..., None]
+        return by_query(chosen_by(q, k), (br, bc), capacity)
 
     k = jnp.repeat(k, h // g, axis=2)
     p, chosen = jax.vmap(jax.vmap(one, (1, 1)))(q, k)
     shape = (*lead, h)
     return jax.tree.map(lambda a: a.reshape(*shape, *a.shape[2:]), (p, chosen))
+
+
+def by_query(
+    chosen: Bool[Array, "q c"], block: tuple[int, int], capacity: int
+) -> tuple[BlockPattern, Bool[Array, "e br 1"]]:
+    """The pattern of the key blocks that queries chose, and which of a block's queries did."""
+    length, c = chosen.shape
+    r, br = math.ceil(length / block[0]), block[0]
+    chosen = jnp.pad(chosen, ((0, r * br - length), (0, 0))).reshape(r, br, c)
+    p = BlockPattern.from_mask(chosen.any(1), block, capacity=capacity)
+    return p, chosen.at[p.row, :, p.col].get(mode="clip")[..., None]
