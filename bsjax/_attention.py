@@ -13,6 +13,7 @@ from bsjax import ops
 from bsjax._layers import as_pattern
 from bsjax.masks import Mask
 from bsjax.ops import Implementation
+from bsjax.ops._reference import accumulator
 from bsjax.pattern import BlockPattern
 from bsjax.pattern._validate import pair
 
@@ -120,20 +121,14 @@ def heads(x: Array, count: int) -> Float[Array, "*n l h d"]:
 def rotate(x: Array, positions: Any, base: float) -> Float[Array, "*n l h d"]:
     """Rotary positions: pairs of features of `x[..., l, h, d]`, half of them apart, turn with
     `positions[l]` or `[..., l]`. After Su et al. 2021, "RoFormer"."""
-    half = x.shape[-1] // 2
-    turns = np.float32(base) ** -(np.arange(half, dtype=np.float32) / np.float32(half))
-    angle = jnp.asarray(positions, jnp.float32)[..., None, None] * turns.reshape(1, 1, -1)
-    angle = angle.reshape((1,) * (x.ndim - angle.ndim) + angle.shape)
-    cos, sin = (
-        f(angle).astype(jnp.promote_types(x.dtype, jnp.float32)) for f in (jnp.cos, jnp.sin)
-    )
-    a, b = x[..., :half].astype(cos.dtype), x[..., half:].astype(cos.dtype)
+    half, dtype = x.shape[-1] // 2, accumulator(x)
+    turns = base ** -(np.arange(half) / half)
+    positions = jnp.asarray(positions, dtype)
+    positions = positions.reshape((1,) * (x.ndim - 2 - positions.ndim) + (*positions.shape, 1, 1))
+    angle = positions * jnp.asarray(turns, dtype).reshape((1,) * (x.ndim - 1) + (half,))
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    a, b = jnp.split(x.astype(dtype), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-def alike(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
-    """Of one dtype: that of the queries."""
-    return q, k.astype(q.dtype), v.astype(q.dtype)
 
 
 def attend(
@@ -141,6 +136,8 @@ def attend(
     q: Array,
     k: Array,
     v: Array,
+    positions: Any,
+    own: bool,
     *,
     pattern: BlockPattern | None,
     sinks: Any = None,
@@ -150,7 +147,11 @@ def attend(
     kv_lengths: Any = None,
     key: Any = None,
 ) -> Float[Array, "*n q hd"]:
-    """Attention of whole sequences, `q[..., q, h, d]` and `k[..., s, g, d]`."""
+    """Attention of whole sequences, `q[..., q, h, d]` and `k[..., s, g, d]`: keys that are made of
+    the queries' `own` inputs have their positions, and their segments unless given."""
+    q, k = positioned(o, q, k, positions, own)
+    if own and kv_segment_ids is None:
+        kv_segment_ids = q_segment_ids
     p, full, lengths = pattern, None, (q.shape[-3], k.shape[-3])
     if p is None and o.mask is None:
         grid = tuple(math.ceil(size / side) for size, side in zip(lengths, o.block, strict=True))
@@ -195,7 +196,9 @@ def run(
         kv_lengths = None if kv_lengths is None else jnp.asarray(kv_lengths) + width
     many = (*(() if mask is None else (mask,)), *chosen)
     y = ops.attention(
-        *alike(q, k, v),
+        q,
+        k.astype(q.dtype),
+        v.astype(q.dtype),
         p,
         mask=many or None,
         full=full,

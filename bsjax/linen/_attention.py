@@ -15,6 +15,7 @@ from bsjax.linen._products import call, frozen, product
 from bsjax.ops import Implementation
 
 LAYER = _attention.LAYER
+CACHE = ("cached_key", "cached_value", "cache_index")
 
 
 class BlockAttention(nn.Module):
@@ -115,11 +116,8 @@ class BlockAttention(nn.Module):
         else:
             if self.decode and not own:
                 _decoding.check_cross(o, pattern)
-            if own and kv_segment_ids is None:
-                kv_segment_ids = q_segment_ids
-            q, k = _attention.positioned(o, q, k, input_positions, own)
             y = _attention.attend(
-                o, q, k, v,
+                o, q, k, v, input_positions, own,
                 q_segment_ids=q_segment_ids,
                 kv_segment_ids=kv_segment_ids,
                 kv_lengths=kv_lengths,
@@ -163,23 +161,18 @@ class BlockAttention(nn.Module):
 
     def _cache(self, o: _attention.Options, k: Array) -> bool:
         """Whether there was a cache; if not, there is one now."""
-        found = self.has_variable("cache", "cached_key")
-        shape = (*k.shape[:-2], o.num_kv_heads * o.head_dim)
-        for name, value in zip(
-            ("cached_key", "cached_value", "cache_index"),
-            _decoding.empty(o, shape, k.dtype),
-            strict=True,
-        ):
+        if self.has_variable("cache", "cached_key"):
+            return True
+        for name, value in zip(CACHE, _decoding.empty(o, k.shape[:-1], k.dtype), strict=True):
             self.variable("cache", name, lambda value=value: value)
-        return found
+        return False
 
     def _decoded(
         self, o: Any, q: Array, k: Array, v: Array, positions: Any, others: Any, params: Any
     ) -> Array:
-        names = ("cached_key", "cached_value", "cache_index")
-        state = _decoding.State(*(self.get_variable("cache", name) for name in names))
+        state = _decoding.State(*(self.get_variable("cache", name) for name in CACHE))
         y, state = _decoding.step(o, state, q, k, v, positions, others, **params)
-        for name, value in zip(names, state, strict=True):
+        for name, value in zip(CACHE, state, strict=True):
             self.put_variable("cache", name, value)
         return y
 

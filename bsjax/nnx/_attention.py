@@ -102,11 +102,7 @@ class BlockAttention(nnx.Module):
             dropout_rate=dropout_rate,
             implementation=implementation,
         )
-        self.pattern: Pattern | None
-        if pattern is None:
-            self.pattern = nnx.data(None)
-        else:  # a copy: layers that are made of one pattern could not be donated to one program
-            self.pattern = Pattern(jax.tree.map(jnp.array, pattern))
+        self.pattern: Pattern | None = nnx.data(None if pattern is None else Pattern.of(pattern))
         self._projections(
             _transformer.projections(LAYER, projection_pattern, projection_block),
             (kernel_init, out_kernel_init or kernel_init, out_gain),
@@ -201,11 +197,8 @@ class BlockAttention(nnx.Module):
         else:
             if decode:
                 _decoding.check_cross(o, self.pattern)
-            if own and kv_segment_ids is None:
-                kv_segment_ids = q_segment_ids
-            q, k = _attention.positioned(o, q, k, input_positions, own)
             y = _attention.attend(
-                o, q, k, v,
+                o, q, k, v, input_positions, own,
                 q_segment_ids=q_segment_ids,
                 kv_segment_ids=kv_segment_ids,
                 kv_lengths=kv_lengths,
