@@ -1,5 +1,7 @@
 """Attention to a cache of keys and values: only the blocks are read that the new queries need."""
 
+import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -10,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from bsjax._attention import LAYER, Memory, Options, positioned, run
+from bsjax.ops._top_blocks import by_query
 from bsjax.pattern import BlockPattern, is_concrete
 
 
@@ -74,12 +77,19 @@ def attend_cached(
     stored = stored & (column[None] * bc <= at[:, None]).reshape((1,) * (grid.ndim - 2) + (t, c))
     # so many block-rows may share the positions of one block of queries
     shared = 1 if t == 1 else 2
+    counted = isinstance(grid, np.ndarray)
     # where blocks cannot be counted, lists that end early read less than a block of them all
-    if t <= br and isinstance(grid, np.ndarray):
-        out = _gathered(o, q, k, v, start, stored, min(c, shared * most), sinks, memory)
-    else:
-        out = _in_rows(o, q, k, v, start, stored, min(c, shared * most), sinks, memory)
-    return jnp.where(start + t <= s, out, jnp.nan)
+    form = _gathered if t <= br and counted else _in_rows
+
+    def out(o: Options) -> Array:
+        return form(o, q, k, v, start, stored, min(c, shared * most), sinks, memory)
+
+    if counted or o.implementation != "auto":
+        found = out(o)
+    else:  # which takes slots for blocks, and here there is room for all of them
+        lists = dataclasses.replace(o, implementation="xla")
+        found = lax.platform_dependent(cpu=lambda: out(lists), default=lambda: out(o))
+    return jnp.where(start + t <= s, found, jnp.nan)
 
 
 def _grid(o: Options, pattern: BlockPattern | None, s: int) -> Any:
@@ -143,16 +153,10 @@ def _in_rows(
     width: int, sinks: Any, memory: Memory | None,
 ) -> Array:  # fmt: skip
     """Many blocks of queries: a pattern of those that begin at `start`."""
-    br, bc = o.block
-    *_, t, c = stored.shape
-    r = -(-t // br)
-
-    def one(stored: Array) -> tuple[BlockPattern, Array]:
-        rows = jnp.pad(stored, ((0, r * br - t), (0, 0))).reshape(r, br, c)
-        p = BlockPattern.from_mask(rows.any(1), (br, bc), capacity=r * width)
-        return p, rows.at[p.row, :, p.col].get(mode="clip")[..., None]
-
-    p, chosen = jax.vmap(one)(stored) if stored.ndim == 3 else one(stored)
+    t, bc = stored.shape[-2], o.block[1]
+    br = min(max(1, t), o.block[0])
+    pack = functools.partial(by_query, block=(br, bc), capacity=-(-t // br) * width)
+    p, chosen = jax.vmap(pack)(stored) if stored.ndim == 3 else pack(stored)
     return run(o, q, k, v, p, _seen(o, start), (chosen,), sinks=sinks, memory=memory)
 
 

@@ -7,7 +7,8 @@ import pytest
 
 import bsjax
 from bsjax import masks
-from tests.helpers import assert_raises, normal
+from tests.helpers import assert_close, assert_raises, normal
+from tests.ops.attention import oracle
 
 N, S, H, G, D = 2, 45, 4, 2, 8
 
@@ -51,9 +52,7 @@ def test_choices(causal, block):
         bsjax.check(p)
         seen = np.repeat(want, block[1], -1)[..., :S] & np.tri(S, dtype=bool)
         got = bsjax.attention(q, k, v, p, mask=(chosen, masks.causal()), implementation="xla")
-        with jax.default_matmul_precision("highest"):
-            dense = jax.nn.dot_product_attention(q, k, v, mask=seen)
-        np.testing.assert_allclose(got, dense, atol=1e-5)
+        assert_close(got, oracle(q, k, v, got, seen).out, D + S)
 
 
 def attentions():
@@ -98,7 +97,7 @@ def test_choices_have_no_gradient():
     dout = normal(np.random.default_rng(1), q.shape)
     both = jax.jit(lambda *a: [jax.vjp(one, *a)[1](dout) for one in (f, fixed)])
     for a, b in zip(*both(q, k, v), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+        np.testing.assert_array_equal(a, b)  # the same arithmetic, in the same order
 
 
 def test_capacity():

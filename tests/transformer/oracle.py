@@ -8,6 +8,22 @@ import numpy as np
 import bsjax
 
 
+def assert_close(got, want, terms, roundings=0, least=0.0):
+    """The largest number of `want` is the size of what was summed on the way to it, in one float32
+    sum after another, of `terms` products together, with so many `roundings` to the dtype of `got`.
+
+    Each addition rounds by half a unit in the last place, and the sizes of partial sums grow like
+    the root of their number: `eps32 / 2 * sqrt(terms)` of the result, in whatever order. A factor 8
+    is for the largest of many results, and because `want` has such an error too. A rounding to
+    another dtype errs by `eps / 2` of what is rounded, at most.
+    """
+    eps, eps32 = (float(jnp.finfo(d).eps) for d in (got.dtype, jnp.float32))
+    got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
+    size = max(least, float(np.abs(want).max()))
+    atol = size * (4 * eps32 * terms**0.5 + roundings * eps / 2)
+    np.testing.assert_allclose(got, want, rtol=0, atol=atol)
+
+
 def weight(layer):
     """The dense matrix of a projection of any kind."""
     if hasattr(layer, "values"):
