@@ -9,13 +9,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from bsjax import _attention, _decoding
+from bsjax import _attention, _decoding, _memory
 from bsjax.linen._pattern import stored
 from bsjax.linen._products import call, frozen, product
 from bsjax.ops import Implementation
 
 LAYER = _attention.LAYER
-CACHE = ("cached_key", "cached_value", "cache_index")
 
 
 class BlockAttention(nn.Module):
@@ -37,6 +36,7 @@ class BlockAttention(nn.Module):
     mask: Any = None
     pattern: Any = None
     block: int | tuple[int, int] | None = None
+    top_blocks: int | None = None
     rotary: bool = False
     rotary_base: float = 10_000.0
     sinks: bool = False
@@ -87,7 +87,7 @@ class BlockAttention(nn.Module):
         inputs = _attention.inputs(inputs_q, inputs_k, inputs_v)
         width = jnp.shape(inputs_q)[-1]
         shared = ("num_heads", "num_kv_heads", "mask", "pattern", "block", "rotary", "rotary_base")
-        shared += ("softcap", "persistent", "dropout_rate", "implementation")
+        shared += ("top_blocks", "softcap", "persistent", "dropout_rate", "implementation")
         o, pattern = _attention.options(
             qkv_features=self.qkv_features or width,
             **{name: getattr(self, name) for name in shared},
@@ -151,8 +151,8 @@ class BlockAttention(nn.Module):
             sinks = self.param("sinks", nn.initializers.zeros, shape, self.param_dtype)
         if self.persistent:
             shape = (o.persistent, o.num_kv_heads, o.head_dim)
-            key_init, value_init = _attention.memory_inits(o)
-            memory = _attention.Memory(
+            key_init, value_init = _memory.inits(o.head_dim, o.persistent)
+            memory = _memory.Memory(
                 self.param("persistent_key", key_init, shape, self.param_dtype),
                 self.param("persistent_value", value_init, shape, self.param_dtype),
             )
@@ -163,17 +163,20 @@ class BlockAttention(nn.Module):
         """Whether there was a cache; if not, there is one now."""
         if self.has_variable("cache", "cached_key"):
             return True
-        for name, value in zip(CACHE, _decoding.empty(o, k.shape[:-1], k.dtype), strict=True):
-            self.variable("cache", name, lambda value=value: value)
+        state = _decoding.empty(o, (*k.shape[:-2], 0), k.dtype)
+        for name, value in zip(_decoding.CACHE, state, strict=True):
+            if value is not None:
+                self.variable("cache", name, lambda value=value: value)
         return False
 
     def _decoded(
         self, o: Any, q: Array, k: Array, v: Array, positions: Any, others: Any, params: Any
     ) -> Array:
-        state = _decoding.State(*(self.get_variable("cache", name) for name in CACHE))
+        state = _decoding.State(*(self.get_variable("cache", name) for name in _decoding.CACHE))
         y, state = _decoding.step(o, state, q, k, v, positions, others, **params)
-        for name, value in zip(CACHE, state, strict=True):
-            self.put_variable("cache", name, value)
+        for name, value in zip(_decoding.CACHE, state, strict=True):
+            if value is not None:
+                self.put_variable("cache", name, value)
         return y
 
     def _dropout_key(self, deterministic: bool | None, key: Any) -> Any:

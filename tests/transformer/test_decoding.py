@@ -192,9 +192,9 @@ def test_errors():
     with_pattern.init_cache((N, 20, WIDTH))
     error(
         lambda: with_pattern(one, decode=True),
-        message="BlockAttention: a cache of 20 positions in blocks of (8, 8) is a grid of (3, 3), "
-        "but `pattern` has (6, 6): make the cache as long as the sequences that the pattern is "
-        "for.",
+        message="BlockAttention: 20 positions in blocks of (8, 8) are a grid of (3, 3), but "
+        "`pattern` has (6, 6): the inputs, or the cache of a decoder, must be as long as the "
+        "sequences that the pattern is for.",
     )
     error(
         lambda: jax.jit(_decoding.written)(jnp.zeros((2, 4, 4)), jnp.zeros((3, 4, 4)), 0),
