@@ -37,17 +37,18 @@ def linear(layer, x):
     return y if layer.bias is None else y + layer.bias[...].reshape((1,) * (y.ndim - 1) + (-1,))
 
 
-def rotated(x, base=10_000.0):
+def rotated(x, base, positions=None):
     """Each pair of features as a complex number that turns with its position."""
     half = x.shape[-1] // 2
     turns = base ** -(np.arange(half) / half)
-    angle = np.arange(x.shape[-3])[:, None, None] * turns
+    positions = np.arange(x.shape[-3]) if positions is None else positions
+    angle = positions[:, None, None] * turns
     turn = jnp.asarray(np.exp(1j * angle)[None], jnp.complex64)
     z = jax.lax.complex(x[..., :half], x[..., half:]) * turn
     return jnp.concatenate([z.real, z.imag], axis=-1).astype(x.dtype)
 
 
-def attention(layer, x, encoded=None, *, seen=None):
+def attention(layer, x, encoded=None, *, seen=None, positions=None):
     """`seen` broadcasts to `[n, h, q, s]`."""
     o, keys = layer.options, x if encoded is None else encoded
     q, k, v = (
@@ -55,7 +56,7 @@ def attention(layer, x, encoded=None, *, seen=None):
         for one, inputs in ((layer.query, x), (layer.key, keys), (layer.value, keys))
     )
     if o.rotary:
-        q, k = rotated(q), rotated(k)
+        q, k = (rotated(a, o.rotary_base, positions) for a in (q, k))
     n, length, s = x.shape[0], x.shape[1], keys.shape[1]
     seen = jnp.ones((1, 1, 1, 1), bool) if seen is None else jnp.asarray(seen)
     seen = jnp.broadcast_to(seen, (n, o.num_heads, length, s))

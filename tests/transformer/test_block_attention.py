@@ -9,6 +9,7 @@ import bsjax
 import bsjax.nnx
 from bsjax import masks
 from tests.helpers import assert_raises, normal, random_mask
+from tests.ops.attention import oracle as in_numpy
 from tests.transformer import oracle
 
 RNG = np.random.default_rng(0)
@@ -29,19 +30,33 @@ def make(**options):
     return layer
 
 
-def compare(layer, seen, *args, **options):
+def compare(layer, seen, *args, positions=None, **options):
     """The result; gradients are compared for whole layers (test_layer.py)."""
 
     @nnx.jit
     def both(layer, *args):
-        return layer(*args, **options), oracle.attention(layer, *args, seen=seen)
+        want = oracle.attention(layer, *args, seen=seen, positions=positions)
+        return layer(*args, input_positions=positions, **options), want
 
     oracle.assert_close(*both(layer, X, *args), TERMS)
 
 
 def test_rotary_grouped_heads_and_sinks():
-    layer = make(mask=STREAMING, rotary=True, num_kv_heads=2, sinks=True)
-    compare(layer, oracle.elements(STREAMING, HEADS, LENGTH))
+    layer = make(mask=STREAMING, rotary=True, rotary_base=100.0, num_kv_heads=2, sinks=True)
+    positions = np.arange(LENGTH) ** 2 % 50
+    compare(layer, oracle.elements(STREAMING, HEADS, LENGTH), positions=positions)
+
+
+def test_a_softcap():
+    layer = make(mask=STREAMING, softcap=0.5)
+    q, k, v = (
+        oracle.linear(one, X).reshape(N, LENGTH, HEADS, 8)
+        for one in (layer.query, layer.key, layer.value)
+    )
+    seen = oracle.elements(STREAMING, HEADS, LENGTH)
+    y = in_numpy(q, k, v, q, seen, softcap=0.5).out.reshape(N, LENGTH, 32)
+    want = oracle.linear(layer.out, jnp.asarray(y, jnp.float32))
+    oracle.assert_close(nnx.jit(lambda layer: layer(X))(layer), want, TERMS)
 
 
 def test_memory_and_a_mask_for_each_head():

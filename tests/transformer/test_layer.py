@@ -1,5 +1,7 @@
 """`BlockTransformerLayer`: what it adds up to, both dialects, transformations, training."""
 
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -209,11 +211,17 @@ def test_bfloat16():
     oracle.assert_close(y, nnx.jit(want)(layer, X), TERMS, roundings=8)
 
 
-def test_the_residual_gain():
-    plain, small = (make("sparse", residual_gain=gain) for gain in (1.0, 0.25))
-    for part in (lambda layer: layer.attention.out, lambda layer: layer.mlp.down):
-        np.testing.assert_array_equal(part(small).values[...], part(plain).values[...] / 4)
-    np.testing.assert_array_equal(small.mlp.up.values[...], plain.mlp.up.values[...])
+@pytest.mark.parametrize(("name", "kind"), [("sparse", "values"), ("encoder-decoder", "kernel")])
+def test_the_residual_gain(name, kind):
+    plain, small = (make(name, residual_gain=gain) for gain in (1.0, 0.25))
+    last = {plain.attention.out: small.attention.out, plain.mlp.down: small.mlp.down}
+    if plain.cross_attention is not None:
+        last[plain.cross_attention.out] = small.cross_attention.out
+    for one, other in last.items():
+        np.testing.assert_array_equal(getattr(other, kind)[...], getattr(one, kind)[...] / 4)
+    for part in ("attention.query", "mlp.up"):
+        one, other = (operator.attrgetter(f"{part}.{kind}")(layer) for layer in (plain, small))
+        np.testing.assert_array_equal(other[...], one[...])
 
 
 @pytest.mark.parametrize("make", [make, linen])
