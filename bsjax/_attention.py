@@ -2,19 +2,21 @@
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from bsjax import ops
+from bsjax import _memory, ops
 from bsjax._layers import as_pattern
+from bsjax._memory import Memory
 from bsjax.masks import Mask
 from bsjax.ops import Implementation
+from bsjax.ops._attention_validate import whole
+from bsjax.ops._reference import accumulator
 from bsjax.pattern import BlockPattern
-from bsjax.pattern._validate import pair
+from bsjax.pattern._validate import pair, size
 
 LAYER = "BlockAttention"
 
@@ -28,19 +30,13 @@ class Options:
     head_dim: int
     mask: Any
     block: tuple[int, int]
+    top_blocks: int | None
     rotary: bool
     rotary_base: float
     softcap: float | None
     persistent: int
     dropout_rate: float
     implementation: Implementation
-
-
-class Memory(NamedTuple):
-    """Keys and values that every query sees, as parameters. After Sukhbaatar et al. 2019."""
-
-    key: Float[Array, "n g d"]
-    value: Float[Array, "n g d"]
 
 
 def options(
@@ -51,6 +47,7 @@ def options(
     mask: Any,
     pattern: Any,
     block: Any,
+    top_blocks: int | None,
     rotary: bool,
     persistent: int,
     **others: Any,
@@ -74,6 +71,8 @@ def options(
         )
     if persistent < 0:
         raise ValueError(f"{LAYER}: `persistent` must be at least 0, got {persistent}.")
+    if top_blocks is not None:
+        top_blocks = size(LAYER, "top_blocks", top_blocks, least=1)
     if pattern is not None:
         pattern = as_pattern(LAYER, pattern, block)
         block = pattern.block
@@ -94,6 +93,7 @@ def options(
         head_dim=qkv_features // num_heads,
         mask=mask,
         block=block,
+        top_blocks=top_blocks,
         rotary=rotary,
         persistent=persistent,
         **others,
@@ -120,20 +120,14 @@ def heads(x: Array, count: int) -> Float[Array, "*n l h d"]:
 def rotate(x: Array, positions: Any, base: float) -> Float[Array, "*n l h d"]:
     """Rotary positions: pairs of features of `x[..., l, h, d]`, half of them apart, turn with
     `positions[l]` or `[..., l]`. After Su et al. 2021, "RoFormer"."""
-    half = x.shape[-1] // 2
-    turns = np.float32(base) ** -(np.arange(half, dtype=np.float32) / np.float32(half))
-    angle = jnp.asarray(positions, jnp.float32)[..., None, None] * turns.reshape(1, 1, -1)
-    angle = angle.reshape((1,) * (x.ndim - angle.ndim) + angle.shape)
-    cos, sin = (
-        f(angle).astype(jnp.promote_types(x.dtype, jnp.float32)) for f in (jnp.cos, jnp.sin)
-    )
-    a, b = x[..., :half].astype(cos.dtype), x[..., half:].astype(cos.dtype)
+    half, dtype = x.shape[-1] // 2, accumulator(x)
+    turns = base ** -(np.arange(half) / half)
+    positions = jnp.asarray(positions, dtype)
+    positions = positions.reshape((1,) * (x.ndim - 2 - positions.ndim) + (*positions.shape, 1, 1))
+    angle = positions * jnp.asarray(turns, dtype).reshape((1,) * (x.ndim - 1) + (half,))
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    a, b = jnp.split(x.astype(dtype), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-def alike(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
-    """Of one dtype: that of the queries."""
-    return q, k.astype(q.dtype), v.astype(q.dtype)
 
 
 def attend(
@@ -141,27 +135,83 @@ def attend(
     q: Array,
     k: Array,
     v: Array,
+    positions: Any,
+    own: bool,
     *,
     pattern: BlockPattern | None,
-    sinks: Any = None,
-    memory: Memory | None = None,
     q_segment_ids: Any = None,
     kv_segment_ids: Any = None,
-    kv_lengths: Any = None,
-    key: Any = None,
+    **others: Any,
 ) -> Float[Array, "*n q hd"]:
-    """Attention of whole sequences, `q[..., q, h, d]` and `k[..., s, g, d]`."""
-    p, full, lengths = pattern, None, (q.shape[-3], k.shape[-3])
+    """Attention of whole sequences, `q[..., q, h, d]` and `k[..., s, g, d]`: keys that are made of
+    the queries' `own` inputs have their positions, and their segments unless given."""
+    q, k = positioned(o, q, k, positions, own)
+    if own and kv_segment_ids is None:
+        kv_segment_ids = q_segment_ids
+    others |= {"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids}
+    p, lengths = pattern, (q.shape[-3], k.shape[-3])
+    if o.top_blocks is not None:
+        if not own:
+            raise ValueError(
+                f"{LAYER}: `top_blocks` chooses between the blocks behind a query, and `inputs_k` "
+                "have no positions among the queries: leave it out of attention to other inputs."
+            )
+        among = _choice(o, pattern, q.shape[:-2], q_segment_ids, kv_segment_ids)
+        p, chosen = ops.top_blocks(q, k, block=o.block, count=o.top_blocks, among=among)
+        return run(o, q, k, v, p, seen_from(o, 0), (chosen,), **others)
+    full = None
     if p is None and o.mask is None:
-        grid = tuple(math.ceil(size / side) for size, side in zip(lengths, o.block, strict=True))
-        p = BlockPattern.from_mask(np.ones(grid, bool), o.block)
+        p = BlockPattern.from_mask(grid(o, None, lengths), o.block)
     elif p is None:
         p, full = o.mask.pattern(lengths, o.block)
-    segments = {"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids}
-    return run(
-        o, q, k, v, p, o.mask, (),
-        full=full, sinks=sinks, memory=memory, kv_lengths=kv_lengths, key=key, **segments,
-    )  # fmt: skip
+    return run(o, q, k, v, p, o.mask, (), full=full, **others)
+
+
+def grid(o: Options, pattern: BlockPattern | None, lengths: tuple[int, int]) -> Any:
+    """`[*h, r, c]`: which blocks are stored for sequences of these lengths."""
+    shape = tuple(math.ceil(count / side) for count, side in zip(lengths, o.block, strict=True))
+    if pattern is None:
+        return np.ones(shape, bool) if o.mask is None else o.mask.blocks(lengths, o.block)[0]
+    if pattern.grid != shape:
+        raise ValueError(
+            f"{LAYER}: {lengths[1]} positions in blocks of {o.block} are a grid of {shape}, but "
+            f"`pattern` has {pattern.grid}: the inputs, or the cache of a decoder, must be as long "
+            "as the sequences that the pattern is for."
+        )
+    return pattern.mask()
+
+
+def seen_from(o: Options, start: Any) -> Any:
+    """The mask at positions that begin at `start`; nothing behind a query."""
+
+    def see(head: Any, q: Any, k: Any) -> Any:
+        past = k <= start + q
+        return past if o.mask is None else past & o.mask(head, start + q, k)
+
+    return see
+
+
+def _choice(
+    o: Options, pattern: BlockPattern | None, shape: tuple[int, ...], q_ids: Any, kv_ids: Any
+) -> Bool[Array, "..."] | None:
+    """`[..., *h, q, c]`: which blocks are stored for a query and may have keys of its segment; or
+    None: all. `shape` is that of the sequences, `(..., positions)`."""
+    (*lead, length), (br, bc), found = shape, o.block, None
+    if pattern is not None or o.mask is not None:
+        stored = jnp.asarray(grid(o, pattern, (length, length)))
+        *heads, r, c = stored.shape
+        stored = jnp.broadcast_to(stored[..., None, :], (*heads, r, br, c))
+        found = stored.reshape(*heads, r * br, c)[..., :length, :]
+    if q_ids is None or kv_ids is None:
+        return found
+    ours = whole("q_segment_ids", q_ids, tuple(lead), (length,)).reshape(*lead, 1, length, 1)
+    ids = whole("kv_segment_ids", kv_ids, tuple(lead), (length,))
+    ids = jnp.pad(ids, ((0, 0), (0, -length % bc)), mode="edge")
+    ids = ids.reshape(*lead, 1, 1, math.ceil(length / bc), bc)
+    same = (ids.min(-1) <= ours) & (ours <= ids.max(-1))
+    if found is None:
+        return same
+    return same & found.reshape((1,) * (same.ndim - found.ndim) + found.shape)
 
 
 def run(
@@ -189,13 +239,15 @@ def run(
                 "documents of equal layout with `mask=bsjax.masks.documents(ids)`."
             )
         width = -(-memory.key.shape[0] // p.block[1]) * p.block[1]
-        k, v = _joined(memory, k, v, width)
-        mask = _behind(mask, memory.key.shape[0], width)
-        p, full, chosen = _in_front(p, full, chosen, width // p.block[1])
+        k, v = _memory.joined(memory, k, v, width)
+        mask = _memory.behind(mask, memory.key.shape[0], width)
+        p, full, chosen = _memory.in_front(p, full, chosen, width // p.block[1])
         kv_lengths = None if kv_lengths is None else jnp.asarray(kv_lengths) + width
     many = (*(() if mask is None else (mask,)), *chosen)
     y = ops.attention(
-        *alike(q, k, v),
+        q,
+        k.astype(q.dtype),
+        v.astype(q.dtype),
         p,
         mask=many or None,
         full=full,
@@ -208,62 +260,6 @@ def run(
         **segments,
     )
     return y.reshape(*y.shape[:-2], -1)
-
-
-def _joined(memory: Memory, k: Array, v: Array, width: int) -> tuple[Array, Array]:
-    """Persistent keys and values, scaled and padded, before the others.
-
-    They are kept small, keys of variance 1 / d and values of variance 1 / N, and used large: so
-    they learn as fast as weights do (Sukhbaatar et al. 2019).
-    """
-    n, _, d = memory.key.shape
-
-    def join(a: Array, scale: float, b: Array) -> Array:
-        a = jnp.pad(
-            a.astype(b.dtype) * jnp.asarray(scale, b.dtype), ((0, width - n), (0, 0), (0, 0))
-        )
-        return jnp.concatenate([jnp.broadcast_to(a, (*b.shape[:-3], *a.shape)), b], axis=-3)
-
-    # keys of a gathered cache may have more heads than parameters have
-    share = k.shape[-2] // memory.key.shape[1]
-    key, value = (jnp.repeat(a, share, axis=1) for a in memory)
-    return join(key, d**0.5, k), join(value, n**0.5, v)
-
-
-def _behind(mask: Any, count: int, width: int) -> Any:
-    """`mask` of keys that begin at `width`; the first `count` keys are seen by all."""
-
-    def see(head: Any, q: Any, k: Any) -> Any:
-        seen = k >= width
-        if mask is not None:
-            seen = seen & mask(head, q, jnp.maximum(k - width, 0))
-        return (k < count) | seen
-
-    return see
-
-
-def _in_front(p: BlockPattern, full: Any, chosen: Any, columns: int) -> tuple[Any, Any, Any]:
-    """Block-columns that every block-row stores before those of `p`, and their slots first."""
-    (r, c), lead = p.grid, p.row.shape[:-1]
-    rows, cols = np.tile(np.arange(r, dtype=np.int32), columns), np.arange(columns, dtype=np.int32)
-    first = (np.broadcast_to(a, (*lead, r * columns)) for a in (rows, np.repeat(cols, r)))
-    row, col = (
-        jnp.concatenate(pair, axis=-1) for pair in zip(first, (p.row, p.col + columns), strict=True)
-    )
-    if full is not None:
-        full = jnp.concatenate([jnp.zeros((*full.shape[:-1], r * columns), bool), full], axis=-1)
-
-    def with_front(a: Array) -> Array:
-        front = [(0, 0)] * (a.ndim - 3) + [(r * columns, 0), (0, 0), (0, 0)]
-        return jnp.pad(a, front, constant_values=True)
-
-    return BlockPattern(row, col, (r, c + columns), p.block), full, tuple(map(with_front, chosen))
-
-
-def memory_inits(o: Options) -> tuple[Any, Any]:
-    """Of persistent keys, of variance 1 / d, and values, of variance 1 / N."""
-    normal = jax.nn.initializers.normal
-    return normal(o.head_dim**-0.5), normal(o.persistent**-0.5)
 
 
 def positioned(o: Options, q: Array, k: Array, positions: Any, own: bool) -> tuple[Array, Array]:

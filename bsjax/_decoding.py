@@ -1,6 +1,6 @@
 """Attention to a cache of keys and values: only the blocks are read that the new queries need."""
 
-import math
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +9,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from bsjax._attention import LAYER, Memory, Options, positioned, run
+from bsjax._attention import LAYER, Options, grid, positioned, run, seen_from
+from bsjax._memory import Memory
+from bsjax.ops._reference import accumulator
+from bsjax.ops._top_blocks import block_means, by_query, choices
 from bsjax.pattern import BlockPattern, is_concrete
 
 
@@ -53,6 +56,7 @@ def attend_cached(
     k: Array,
     v: Array,
     start: Any,
+    means: Any = None,
     *,
     pattern: BlockPattern | None,
     sinks: Any = None,
@@ -65,52 +69,47 @@ def attend_cached(
     """
     t, s, (br, bc) = q.shape[-3], k.shape[-3], o.block
     start = jnp.asarray(start, jnp.int32)
-    grid = _grid(o, pattern, s)
-    c = grid.shape[-1]
-    most = int(grid.sum(-1).max(initial=0)) if isinstance(grid, np.ndarray) else c
+    blocks = grid(o, pattern, (s, s))
+    c, counted = blocks.shape[-1], isinstance(blocks, np.ndarray)
+    most = int(blocks.sum(-1).max(initial=0)) if counted else c
     at = start + jnp.arange(t, dtype=jnp.int32)
     column = jnp.arange(c, dtype=jnp.int32)
-    stored = jnp.asarray(grid).at[..., at // br, :].get(mode="clip")
-    stored = stored & (column[None] * bc <= at[:, None]).reshape((1,) * (grid.ndim - 2) + (t, c))
+    stored = jnp.asarray(blocks).at[..., at // br, :].get(mode="clip")
+    past = (column[None] * bc <= at[:, None]).reshape((1,) * (blocks.ndim - 2) + (t, c))
+    stored = stored & past
     # so many block-rows may share the positions of one block of queries
     shared = 1 if t == 1 else 2
-    # where blocks cannot be counted, lists that end early read less than a block of them all
-    if t <= br and isinstance(grid, np.ndarray):
-        out = _gathered(o, q, k, v, start, stored, min(c, shared * most), sinks, memory)
+    if o.top_blocks is not None:  # each of these positions makes choices of its own
+        stored = choices(q, _padded(means, c), at // bc, stored, o.top_blocks)
+        most, shared, counted = min(most, o.top_blocks), min(t, br), True
+    width = min(c, shared * most)
+    # lists that end early read less than blocks side by side where those may be all
+    listed = t > br or not counted or (o.top_blocks is not None and t > 1 and width == c)
+
+    def out(o: Options) -> Array:
+        return (_in_rows if listed else _gathered)(o, q, k, v, start, stored, width, sinks, memory)
+
+    # `auto` takes slots for blocks, and of such lists most slots may be spare
+    if o.implementation == "auto" and listed and (not counted or o.top_blocks is not None):
+        lists = dataclasses.replace(o, implementation="xla")
+        found = lax.platform_dependent(cpu=lambda: out(lists), default=lambda: out(o))
     else:
-        out = _in_rows(o, q, k, v, start, stored, min(c, shared * most), sinks, memory)
-    return jnp.where(start + t <= s, out, jnp.nan)
-
-
-def _grid(o: Options, pattern: BlockPattern | None, s: int) -> Any:
-    """`[*h, r, c]`: which blocks the whole sequence stores."""
-    shape = tuple(math.ceil(s / side) for side in o.block)
-    if pattern is not None:
-        if pattern.grid != shape:
-            raise ValueError(
-                f"{LAYER}: a cache of {s} positions in blocks of {o.block} is a grid of {shape}, "
-                f"but `pattern` has {pattern.grid}: make the cache as long as the sequences that "
-                "the pattern is for."
-            )
-        return pattern.mask()
-    return np.ones(shape, bool) if o.mask is None else o.mask.blocks((s, s), o.block)[0]
-
-
-def _seen(o: Options, start: Any) -> Any:
-    """The mask at positions that begin at `start`; nothing behind a query."""
-
-    def see(head: Any, q: Any, k: Any) -> Any:
-        past = k <= start + q
-        return past if o.mask is None else past & o.mask(head, start + q, k)
-
-    return see
+        found = out(o)
+    return jnp.where(start + t <= s, found, jnp.nan)
 
 
 def _gathered(
-    o: Options, q: Array, k: Array, v: Array, start: Any, stored: Bool[Array, "*h t c"],
+    o: Options, q: Array, k: Array, v: Array, start: Any, stored: Bool[Array, "*n t c"],
     width: int, sinks: Any, memory: Memory | None,
 ) -> Array:  # fmt: skip
     """One block of queries: its key blocks side by side, which any implementation reads."""
+    if stored.ndim > 3:  # which differ between batch elements
+
+        @jax.vmap
+        def one(q: Array, k: Array, v: Array, stored: Array) -> Array:
+            return _gathered(o, q, k, v, start, stored, width, sinks, memory)
+
+        return one(q, k, v, stored)
     t, bc, c = stored.shape[-2], o.block[1], stored.shape[-1]
 
     def listed(need: Array) -> Int32[Array, " w"]:
@@ -127,7 +126,7 @@ def _gathered(
     count = o.num_heads if per_head else k.shape[-2]
     head = np.arange(count, dtype=np.int32)[None] // (count // k.shape[-2])
     k, v = (a.at[..., places, head, :].get(mode="clip") for a in (k, v))
-    seen = _seen(o, start)
+    seen = seen_from(o, start)
 
     def mask(h: Any, i: Any, j: Any) -> Any:
         own = first[h] if per_head else first
@@ -139,35 +138,38 @@ def _gathered(
 
 
 def _in_rows(
-    o: Options, q: Array, k: Array, v: Array, start: Any, stored: Bool[Array, "*h t c"],
+    o: Options, q: Array, k: Array, v: Array, start: Any, stored: Bool[Array, "*n t c"],
     width: int, sinks: Any, memory: Memory | None,
 ) -> Array:  # fmt: skip
     """Many blocks of queries: a pattern of those that begin at `start`."""
-    br, bc = o.block
-    *_, t, c = stored.shape
-    r = -(-t // br)
-
-    def one(stored: Array) -> tuple[BlockPattern, Array]:
-        rows = jnp.pad(stored, ((0, r * br - t), (0, 0))).reshape(r, br, c)
-        p = BlockPattern.from_mask(rows.any(1), (br, bc), capacity=r * width)
-        return p, rows.at[p.row, :, p.col].get(mode="clip")[..., None]
-
-    p, chosen = jax.vmap(one)(stored) if stored.ndim == 3 else one(stored)
-    return run(o, q, k, v, p, _seen(o, start), (chosen,), sinks=sinks, memory=memory)
+    t, bc = stored.shape[-2], o.block[1]
+    br = min(max(1, t), o.block[0])
+    p, chosen = by_query(stored, (br, bc), -(-t // br) * width)
+    return run(o, q, k, v, p, seen_from(o, start), (chosen,), sinks=sinks, memory=memory)
 
 
 class State(NamedTuple):
-    """A cache, and how many of its positions are taken."""
+    """A cache, how many of its positions are taken, and what blocks are chosen by."""
 
     key: Float[Array, "*n s g d"]
     value: Float[Array, "*n s g d"]
     index: Int32[Array, ""]
+    mean: Float[Array, "*n c g d"] | None = None  # of each whole block of keys
+
+
+# what both dialects call its parts
+CACHE = ("cached_key", "cached_value", "cache_index", "cached_mean")
 
 
 def empty(o: Options, input_shape: tuple[int, ...], dtype: Any) -> State:
     """For inputs `(..., positions, features)`."""
-    shape = (*input_shape[:-1], o.num_kv_heads, o.head_dim)
-    return State(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.int32(0))
+    *lead, s, _ = input_shape
+    kept = (o.num_kv_heads, o.head_dim)
+    key, value = (jnp.zeros((*lead, s, *kept), dtype) for _ in range(2))
+    mean = None
+    if o.top_blocks is not None:
+        mean = jnp.zeros((*lead, s // o.block[1], *kept), accumulator(key))
+    return State(key, value, jnp.int32(0), mean)
 
 
 def step(
@@ -192,5 +194,24 @@ def step(
         positions = start + jnp.arange(count, dtype=jnp.int32)
     q, k = positioned(o, q, k, positions, True)
     key, value = (written(a, b, start) for a, b in zip(state[:2], (k, v), strict=True))
-    y = attend_cached(o, q, key, value, start, **params)
-    return y, State(key, value, start + count)
+    means = None if state.mean is None else _renewed(state.mean, key, start, count, o.block[1])
+    y = attend_cached(o, q, key, value, start, means, **params)
+    return y, State(key, value, start + count, means)
+
+
+def _renewed(means: Array, key: Array, start: Any, count: int, bc: int) -> Array:
+    """The means of the blocks that new positions are in; those of others remain."""
+    few = min(means.shape[-3], (count - 1) // bc + 2)
+    first = jnp.clip(start // bc, 0, means.shape[-3] - few)
+    new = block_means(lax.dynamic_slice_in_dim(key, first * bc, few * bc, axis=-3), bc)
+    old = lax.dynamic_slice_in_dim(means, first, few, axis=-3)
+    begin = (first + jnp.arange(few, dtype=jnp.int32)) * bc
+    changed = (begin < start + count) & (start < begin + bc)
+    new = jnp.where(changed.reshape((1,) * (means.ndim - 3) + (few, 1, 1)), new, old)
+    return lax.dynamic_update_slice_in_dim(means, new, first, axis=-3)
+
+
+def _padded(means: Array, count: int) -> Array:
+    """A last block that ends early is chosen by its own queries only, whatever its mean."""
+    short = count - means.shape[-3]
+    return jnp.pad(means, [(0, 0)] * (means.ndim - 3) + [(0, short), (0, 0), (0, 0)])

@@ -2,10 +2,12 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.attention_config import Config
+from pallas_kernels.lists import pointers
 
 AHEAD = 4  # so many tiles for each worker are sorted by their length
 
@@ -28,10 +30,7 @@ def of_pattern(own: Array, other: Array, partial: Array, grid: tuple[int, int]) 
     blocks, others = grid
     key = (2 * jnp.minimum(own, blocks) + partial.astype(jnp.int32)) * others
     key = jnp.sort(key + jnp.minimum(other, others - 1), axis=-1)
-    kind = key // others
-    each = jnp.arange(2 * blocks + 1, dtype=jnp.int32)
-    before = kind[:, None, :] < each[None, :, None]
-    return Lists(jnp.sum(before, axis=-1, dtype=jnp.int32), key % others)
+    return Lists(jax.vmap(lambda kind: pointers(kind, 2 * blocks))(key // others), key % others)
 
 
 def ordered(steps: Array, workers: int) -> Array:

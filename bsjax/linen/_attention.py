@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from bsjax import _attention, _decoding
+from bsjax import _attention, _decoding, _memory
 from bsjax.linen._pattern import stored
 from bsjax.linen._products import call, frozen, product
 from bsjax.ops import Implementation
@@ -36,6 +36,7 @@ class BlockAttention(nn.Module):
     mask: Any = None
     pattern: Any = None
     block: int | tuple[int, int] | None = None
+    top_blocks: int | None = None
     rotary: bool = False
     rotary_base: float = 10_000.0
     sinks: bool = False
@@ -86,7 +87,7 @@ class BlockAttention(nn.Module):
         inputs = _attention.inputs(inputs_q, inputs_k, inputs_v)
         width = jnp.shape(inputs_q)[-1]
         shared = ("num_heads", "num_kv_heads", "mask", "pattern", "block", "rotary", "rotary_base")
-        shared += ("softcap", "persistent", "dropout_rate", "implementation")
+        shared += ("top_blocks", "softcap", "persistent", "dropout_rate", "implementation")
         o, pattern = _attention.options(
             qkv_features=self.qkv_features or width,
             **{name: getattr(self, name) for name in shared},
@@ -115,11 +116,8 @@ class BlockAttention(nn.Module):
         else:
             if self.decode and not own:
                 _decoding.check_cross(o, pattern)
-            if own and kv_segment_ids is None:
-                kv_segment_ids = q_segment_ids
-            q, k = _attention.positioned(o, q, k, input_positions, own)
             y = _attention.attend(
-                o, q, k, v,
+                o, q, k, v, input_positions, own,
                 q_segment_ids=q_segment_ids,
                 kv_segment_ids=kv_segment_ids,
                 kv_lengths=kv_lengths,
@@ -153,8 +151,8 @@ class BlockAttention(nn.Module):
             sinks = self.param("sinks", nn.initializers.zeros, shape, self.param_dtype)
         if self.persistent:
             shape = (o.persistent, o.num_kv_heads, o.head_dim)
-            key_init, value_init = _attention.memory_inits(o)
-            memory = _attention.Memory(
+            key_init, value_init = _memory.inits(o.head_dim, o.persistent)
+            memory = _memory.Memory(
                 self.param("persistent_key", key_init, shape, self.param_dtype),
                 self.param("persistent_value", value_init, shape, self.param_dtype),
             )
@@ -163,24 +161,22 @@ class BlockAttention(nn.Module):
 
     def _cache(self, o: _attention.Options, k: Array) -> bool:
         """Whether there was a cache; if not, there is one now."""
-        found = self.has_variable("cache", "cached_key")
-        shape = (*k.shape[:-2], o.num_kv_heads * o.head_dim)
-        for name, value in zip(
-            ("cached_key", "cached_value", "cache_index"),
-            _decoding.empty(o, shape, k.dtype),
-            strict=True,
-        ):
-            self.variable("cache", name, lambda value=value: value)
-        return found
+        if self.has_variable("cache", "cached_key"):
+            return True
+        state = _decoding.empty(o, (*k.shape[:-2], 0), k.dtype)
+        for name, value in zip(_decoding.CACHE, state, strict=True):
+            if value is not None:
+                self.variable("cache", name, lambda value=value: value)
+        return False
 
     def _decoded(
         self, o: Any, q: Array, k: Array, v: Array, positions: Any, others: Any, params: Any
     ) -> Array:
-        names = ("cached_key", "cached_value", "cache_index")
-        state = _decoding.State(*(self.get_variable("cache", name) for name in names))
+        state = _decoding.State(*(self.get_variable("cache", name) for name in _decoding.CACHE))
         y, state = _decoding.step(o, state, q, k, v, positions, others, **params)
-        for name, value in zip(names, state, strict=True):
-            self.put_variable("cache", name, value)
+        for name, value in zip(_decoding.CACHE, state, strict=True):
+            if value is not None:
+                self.put_variable("cache", name, value)
         return y
 
     def _dropout_key(self, deterministic: bool | None, key: Any) -> Any:

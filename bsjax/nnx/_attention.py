@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from bsjax import _attention, _decoding, _transformer
+from bsjax import _attention, _decoding, _memory, _transformer
 from bsjax.nnx._linear import Pattern
 from bsjax.nnx._products import call, product
 from bsjax.ops import Implementation
@@ -26,6 +26,10 @@ class BlockAttention(nnx.Module):
       when the layer is traced. Or `pattern` gives the blocks, a `BlockPattern` for sequences of one
       length, kept in a variable `pattern`, and `mask` (of `bsjax.masks` or any function of indices)
       what is seen inside them. With neither, everything is. `block` is that of queries and keys.
+    * `top_blocks`: so many key blocks are chosen at run time, by every query and head: its own, and
+      those before it whose mean key fits it best, of what the pattern or mask stores for its block
+      of queries. Nothing behind a query is seen. After Lu et al. 2025, "MoBA: Mixture of Block
+      Attention for Long-Context LLMs" (`bsjax.top_blocks`).
     * `num_kv_heads`: grouped-query attention. `rotary`: rotary positions, of `rotary_base`.
     * `sinks`: a learned logit `sinks[h]` for each head in the denominator. `softcap`: a bound.
     * `persistent`: so many learned keys and values for each head of keys, `persistent_key` and
@@ -57,6 +61,7 @@ class BlockAttention(nnx.Module):
         mask: Any = None,
         pattern: Any = None,
         block: int | tuple[int, int] | None = None,
+        top_blocks: int | None = None,
         rotary: bool = False,
         rotary_base: float = 10_000.0,
         sinks: bool = False,
@@ -95,6 +100,7 @@ class BlockAttention(nnx.Module):
             mask=mask,
             pattern=pattern,
             block=block,
+            top_blocks=top_blocks,
             rotary=rotary,
             rotary_base=rotary_base,
             softcap=softcap,
@@ -102,11 +108,7 @@ class BlockAttention(nnx.Module):
             dropout_rate=dropout_rate,
             implementation=implementation,
         )
-        self.pattern: Pattern | None
-        if pattern is None:
-            self.pattern = nnx.data(None)
-        else:
-            self.pattern = Pattern(pattern)
+        self.pattern: Pattern | None = nnx.data(None if pattern is None else Pattern.of(pattern))
         self._projections(
             _transformer.projections(LAYER, projection_pattern, projection_block),
             (kernel_init, out_kernel_init or kernel_init, out_gain),
@@ -118,7 +120,7 @@ class BlockAttention(nnx.Module):
             rngs=rngs,
         )
         o, names = self.options, ("query_ln", "key_ln", "sinks", "persistent_key")
-        for name in (*names, "persistent_value", "cached_key", "cached_value", "cache_index"):
+        for name in (*names, "persistent_value", *_decoding.CACHE):
             setattr(self, name, nnx.data(None))
         if normalize_qk:
             norm: Any = {"use_bias": False, "dtype": dtype, "param_dtype": param_dtype}
@@ -128,7 +130,7 @@ class BlockAttention(nnx.Module):
             self.sinks = nnx.Param(jnp.zeros((num_heads,), param_dtype))
         if persistent:
             shape = (persistent, o.num_kv_heads, o.head_dim)
-            key_init, value_init = _attention.memory_inits(o)
+            key_init, value_init = _memory.inits(o.head_dim, persistent)
             self.persistent_key = nnx.Param(key_init(rngs.params(), shape, param_dtype))
             self.persistent_value = nnx.Param(value_init(rngs.params(), shape, param_dtype))
         kept = keep_rngs and dropout_rate > 0
@@ -192,20 +194,15 @@ class BlockAttention(nnx.Module):
             "memory": None,
         }
         if self.persistent_key is not None and self.persistent_value is not None:
-            params["memory"] = _attention.Memory(
-                self.persistent_key[...], self.persistent_value[...]
-            )
+            params["memory"] = _memory.Memory(self.persistent_key[...], self.persistent_value[...])
         if decode and own:
             others = (q_segment_ids, kv_segment_ids, kv_lengths)
             y = self._decoded(q, k, v, input_positions, others, params)
         else:
             if decode:
                 _decoding.check_cross(o, self.pattern)
-            if own and kv_segment_ids is None:
-                kv_segment_ids = q_segment_ids
-            q, k = _attention.positioned(o, q, k, input_positions, own)
             y = _attention.attend(
-                o, q, k, v,
+                o, q, k, v, input_positions, own,
                 q_segment_ids=q_segment_ids,
                 kv_segment_ids=kv_segment_ids,
                 kv_lengths=kv_lengths,
@@ -217,14 +214,19 @@ class BlockAttention(nnx.Module):
     def _decoded(
         self, q: Array, k: Array, v: Array, positions: Any, others: Any, params: Any
     ) -> Array:
-        if self.cached_key is None or self.cached_value is None or self.cache_index is None:
+        kept: list[Any] = [getattr(self, name) for name in _decoding.CACHE]
+        if kept[0] is None:
             raise ValueError(
                 f"{LAYER}: there is no cache to decode with: call init_cache(input_shape) first, "
                 "with the shape of the whole sequence."
             )
-        state = _decoding.State(self.cached_key[...], self.cached_value[...], self.cache_index[...])
-        y, state = _decoding.step(self.options, state, q, k, v, positions, others, **params)
-        self.cached_key[...], self.cached_value[...], self.cache_index[...] = state
+        parts: list[Any] = [None if one is None else one[...] for one in kept]
+        y, state = _decoding.step(
+            self.options, _decoding.State(*parts), q, k, v, positions, others, **params
+        )
+        for one, value in zip(kept, state, strict=True):
+            if one is not None:
+                one[...] = value
         return y
 
     def init_cache(self, input_shape: tuple[int, ...], dtype: Any = None) -> None:
@@ -232,7 +234,8 @@ class BlockAttention(nnx.Module):
         decoded in all. `dtype` is that of the layer unless given."""
         dtype = dtype or self.dtype or self.param_dtype
         state = _decoding.empty(self.options, input_shape, dtype)
-        self.cached_key, self.cached_value, self.cache_index = map(nnx.Cache, state)
+        for name, value in zip(_decoding.CACHE, state, strict=True):
+            setattr(self, name, nnx.data(None) if value is None else nnx.Cache(value))
 
     def set_view(
         self,

@@ -58,7 +58,7 @@ class BlockConv(nnx.Module):
             self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype))
         else:
             self.bias = nnx.data(None)
-        self.pattern = Pattern(p)
+        self.pattern = Pattern.of(p)
         self.in_features, self.out_features, self.use_bias = in_features, out_features, use_bias
         self.kernel_size, self.strides, self.padding = window, strides, padding
         self.kernel_dilation = kernel_dilation

@@ -15,9 +15,10 @@ from bsjax.pattern import BlockPattern
 class Pattern(nnx.Variable):
     """Holds a `BlockPattern`. No `nnx.Param`: optimizers and gradients leave it alone."""
 
-    def __init__(self, p: BlockPattern, **metadata: Any) -> None:
-        # a copy: layers that are made of one pattern could not be donated to one program
-        super().__init__(jax.tree.map(jnp.array, p), **metadata)
+    @classmethod
+    def of(cls, p: BlockPattern) -> "Pattern":
+        """A copy: layers that are made of one pattern could not be donated to one program."""
+        return cls(jax.tree.map(jnp.array, p))
 
 
 # the collection of the same name in Linen
@@ -62,7 +63,7 @@ class BlockLinear(nnx.Module):
             self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype))
         else:
             self.bias = nnx.data(None)
-        self.pattern = Pattern(p)
+        self.pattern = Pattern.of(p)
         self.in_features, self.out_features, self.use_bias = in_features, out_features, use_bias
         self.dtype, self.param_dtype, self.precision = dtype, param_dtype, precision
         self.implementation = implementation

@@ -13,7 +13,8 @@ from jaxtyping import Array
 from bsjax.ops import _attention_dense, _attention_xla, _core, _mosaic, _mosaic_attention
 from bsjax.ops._attention_choose import runs
 from bsjax.ops._attention_mesh import over_batch
-from bsjax.ops._attention_tile import Fixed, Operands, Spec, kept
+from bsjax.ops._attention_tile import Fixed, Operands, Spec
+from bsjax.ops._reference import accumulator
 
 # each has `forward(spec, x, p) -> (out, lse)` and `backward(spec, x, p, out, lse, dout) -> grads`,
 # in what sums are kept in, or at least in the dtype of q
@@ -41,7 +42,7 @@ def _attention_fwd(spec, x, p):
 
 def _attention_bwd(spec, residuals, dout):
     x = residuals[0]
-    grads = _run(spec, "backward", *residuals, jnp.asarray(dout).astype(kept(x.q.dtype)))
+    grads = _run(spec, "backward", *residuals, jnp.asarray(dout).astype(accumulator(x.q)))
     return jax.tree.map(lambda a, like: a.astype(like.dtype), grads, x), None
 
 

@@ -10,11 +10,12 @@ from jaxtyping import Array, Bool, Float
 
 from bsjax.ops import _attention_tile as tiles
 from bsjax.ops._attention_tile import Fixed, Operands, Spec, Tile
+from bsjax.ops._reference import accumulator
 
 
 def attention(spec: Spec, x: Operands, p: Fixed) -> Float[Array, "n q h f"]:
     """`softmax(scores) @ v`, in what sums are kept in; zeros where nothing is seen."""
-    share, dtype = tiles.sizes(spec, x)[2], tiles.kept(x.q.dtype)
+    share, dtype = tiles.sizes(spec, x)[2], accumulator(x.q)
     q = x.q.astype(dtype)
     k, v = (jnp.repeat(a.astype(dtype), share, axis=2) for a in (x.k, x.v))
     einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -46,12 +47,12 @@ def attention(spec: Spec, x: Operands, p: Fixed) -> Float[Array, "n q h f"]:
 def forward(spec: Spec, x: Operands, p: Fixed) -> tuple[Array, Array]:
     """As the others have it: nothing is kept but the operands."""
     n, heads, _ = tiles.sizes(spec, x)
-    return attention(spec, x, p), jnp.zeros((n, heads, x.q.shape[1]), tiles.kept(x.q.dtype))
+    return attention(spec, x, p), jnp.zeros((n, heads, x.q.shape[1]), accumulator(x.q))
 
 
 def backward(spec: Spec, x: Operands, p: Fixed, out: Any, lse: Any, dout: Array) -> Operands:
     """The gradient of every operand, in what sums are kept in."""
-    x = jax.tree.map(lambda a: a.astype(tiles.kept(a.dtype)), x)
+    x = jax.tree.map(lambda a: a.astype(accumulator(a)), x)
     _, pull = jax.vjp(lambda x: attention(spec, x, p), x)
     return pull(dout)[0]
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from bsjax.ops import _mesh
 from bsjax.ops._hoist import Hoisted
+from bsjax.ops._reference import accumulator
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,17 +81,12 @@ def own(a: Array, at: Tile) -> Array:
 def read(a: Array, n: Any, block: Any, size: int, h: Any) -> Array:
     """`size` positions of one head: `[size, d]`, in what sums are kept in."""
     piece = lax.dynamic_slice(a, index(n, block * size, h, 0), (1, size, 1, a.shape[3]))
-    return piece[0, :, 0].astype(kept(a.dtype))
+    return piece[0, :, 0].astype(accumulator(a))
 
 
 def index(*places: Any) -> tuple[Array, ...]:
     """Of one dtype, also where 64-bit numbers are switched on."""
     return tuple(jnp.asarray(i, jnp.int32) for i in places)
-
-
-def kept(dtype: Any) -> Any:
-    """What sums are kept in."""
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def per_slot(a: Array, at: Tile) -> Array:

@@ -165,13 +165,13 @@ def key(value: Any) -> jax.Array:
     return validate.key(OP, value)
 
 
-def boolean(name: str, a: Any) -> jax.Array:
+def boolean(name: str, a: Any, op: str = OP) -> jax.Array:
     """A bool array."""
     if not hasattr(a, "dtype") or a.dtype != jnp.bool_:
         found = getattr(a, "dtype", type(a).__name__)
         also = " or a function of (head, q_index, k_index)" if name == "mask" else ""
         raise TypeError(
-            f"{OP}: `{name}` must be a bool array{also}, got {found}: say what holds, for example "
+            f"{op}: `{name}` must be a bool array{also}, got {found}: say what holds, for example "
             f"`{name} != 0`."
         )
     return jnp.asarray(a)

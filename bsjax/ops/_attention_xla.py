@@ -19,6 +19,8 @@ from jaxtyping import Array
 from bsjax.ops import _attention_tile as tiles
 from bsjax.ops import _mesh
 from bsjax.ops._attention_tile import Fixed, Operands, Spec, Tile
+from bsjax.ops._reference import accumulator
+from bsjax.pattern import pointers
 from bsjax.pattern._index import stable_argsort
 
 
@@ -29,9 +31,7 @@ class _Lists:
         row, self.col = jnp.asarray(p.row), jnp.asarray(p.col)
         self.slot = jnp.asarray(stable_argsort(row))  # by row, and as before by column
         row = jnp.take_along_axis(row, self.slot, axis=2)
-        starts = jnp.arange(spec.grid[0] + 1, dtype=jnp.int32)
-        find = jax.vmap(jax.vmap(lambda keys: jnp.searchsorted(keys, starts)))
-        self.ptr = find(row).astype(jnp.int32)
+        self.ptr = jax.vmap(jax.vmap(lambda keys: pointers(keys, spec.grid[0])))(row)
 
     def span(self, at: Tile) -> tuple[Any, Any]:
         """Where the list of a query block starts and ends."""
@@ -47,7 +47,7 @@ class _Lists:
 def forward(spec: Spec, x: Operands, p: Fixed) -> tuple[Array, Array]:
     """`(out[n, q, h, f], lse[n, h, q])`, both in what sums are kept in."""
     lists, (n, heads, share) = _Lists(spec, p), tiles.sizes(spec, x)
-    (br, bc), dtype, features = spec.block, tiles.kept(x.q.dtype), x.v.shape[3]
+    (br, bc), dtype, features = spec.block, accumulator(x.q), x.v.shape[3]
     zeros = _zeros_like(x, p)
 
     def row(i: Any, out: Any) -> Any:
@@ -98,7 +98,7 @@ def forward(spec: Spec, x: Operands, p: Fixed) -> tuple[Array, Array]:
 def backward(spec: Spec, x: Operands, p: Fixed, out: Array, lse: Array, dout: Array) -> Operands:
     """The gradient of every operand, in what sums are kept in."""
     lists, (n, heads, share) = _Lists(spec, p), tiles.sizes(spec, x)
-    (br, bc), dtype = spec.block, tiles.kept(x.q.dtype)
+    (br, bc), dtype = spec.block, accumulator(x.q)
     zeros = _zeros_like(x, p)
 
     def row(i: Any, grads: Operands) -> Operands:
@@ -144,7 +144,7 @@ def backward(spec: Spec, x: Operands, p: Fixed, out: Array, lse: Array, dout: Ar
             grads = grads._replace(sinks=grads.sinks.at[at.h].add(-(probs * mean).sum()))
         return grads
 
-    start = jax.tree.map(lambda a: zeros(a.shape, tiles.kept(a.dtype)), x)
+    start = jax.tree.map(lambda a: zeros(a.shape, accumulator(a)), x)
     return _every_row(spec, p, n * heads, row, start)
 
 

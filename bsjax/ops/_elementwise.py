@@ -4,17 +4,15 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Literal
 
-from bsjax.ops._hoist import Hoisted
+from bsjax.ops._hoist import CALLS, CASTS, Hoisted, walk
 
 # primitives that compute each element from those at the same place, and that kernels lower
 _LOGIC = {"and", "not", "or", "xor", "select_n", "eq", "ne", "lt", "le", "gt", "ge"}
 _NUMBERS = {"abs", "add", "clamp", "div", "exp2", "integer_pow", "max", "min", "mul", "neg", "rem"}
 STEPS = _LOGIC | _NUMBERS | {"convert_element_type", "sign", "sub"}
 # leave every element where it is: axes are only ever added by what kernels do not have
-_SAME = {"broadcast_in_dim", "pvary", "pcast"}
-_CALLS = {"jit", "pjit"}
+_SAME = {"broadcast_in_dim"} | CASTS
 
 
 def why_not(name: str, function: Hoisted) -> str | None:
@@ -36,14 +34,14 @@ def why_not(name: str, function: Hoisted) -> str | None:
 
 def evaluate(function: Hoisted, head: Any, queries: Any, keys: Any) -> Any:
     """Of a head, and of index arrays of equal shape; `why_not` must have nothing against it."""
-    (out,) = _steps(function.jaxpr, [head, queries, keys])
+    (out,) = walk(function.jaxpr, [head, queries, keys], _step)
     return jnp.broadcast_to(out, queries.shape)
 
 
 def _foreign(jaxpr: Any) -> str | None:
     for step in jaxpr.eqns:
         name = step.primitive.name
-        if name in _CALLS:
+        if name in CALLS:
             inner = step.params["jaxpr"]
             if inner.consts:
                 return "a constant array"
@@ -54,22 +52,12 @@ def _foreign(jaxpr: Any) -> str | None:
     return None
 
 
-def _steps(jaxpr: Any, args: list[Any]) -> list[Any]:
-    known = dict(zip(jaxpr.invars, args, strict=True))
-
-    def value(v: Any) -> Any:
-        return v.val if isinstance(v, Literal) else known[v]
-
-    for step in jaxpr.eqns:
-        inputs = [value(v) for v in step.invars]
-        if step.primitive.name in _CALLS:
-            outs = _steps(step.params["jaxpr"].jaxpr, inputs)
-        elif step.primitive.name in _SAME:
-            outs = inputs[:1]
-        else:
-            outs = [step.primitive.bind(*_alike(inputs, step.invars), **step.params)]
-        known.update(zip(step.outvars, outs, strict=True))
-    return [value(v) for v in jaxpr.outvars]
+def _step(step: Any, inputs: list[Any]) -> Any:
+    if step.primitive.name in CALLS:
+        return walk(step.params["jaxpr"].jaxpr, inputs, _step)
+    if step.primitive.name in _SAME:
+        return inputs[:1]
+    return [step.primitive.bind(*_alike(inputs, step.invars), **step.params)]
 
 
 def _alike(inputs: list[Any], variables: Any) -> list[Any]:

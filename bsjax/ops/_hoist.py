@@ -12,6 +12,9 @@ from jax.interpreters import partial_eval
 
 from bsjax.ops import _mesh
 
+CALLS = {"jit", "pjit"}  # steps that are programs themselves
+CASTS = {"pvary", "pcast"}  # those that only say over which mesh axes a number varies
+
 
 class Hoisted:
     """A function of what it closed over, and of its arguments. Holds no tracer.
@@ -31,7 +34,7 @@ class Hoisted:
         A program remembers which mesh it was traced on and which of its numbers vary over it. Here
         every step is taken anew, its operands cast to vary over the same axes.
         """
-        return self.tree.unflatten(_steps(self.jaxpr, [*consts, *jax.tree.leaves(args)]))
+        return self.tree.unflatten(walk(self.jaxpr, [*consts, *jax.tree.leaves(args)], _anew))
 
     @functools.cached_property
     def _text(self) -> str:
@@ -51,27 +54,29 @@ def hoisted(f: Callable[..., Any], *args: Any) -> tuple[Hoisted, list[Any]]:
     return Hoisted(jaxpr, jax.tree.structure(shape)), closed.consts
 
 
-def _steps(jaxpr: Any, args: list[Any]) -> list[Any]:
+def walk(jaxpr: Any, args: list[Any], run: Callable[[Any, list[Any]], Any]) -> list[Any]:
+    """A program step by step: `outs = run(step, inputs)`."""
     known = dict(zip(jaxpr.invars, args, strict=True))
 
     def value(v: Any) -> Any:
         return v.val if isinstance(v, Literal) else known[v]
 
     for step in jaxpr.eqns:
-        inputs = [value(v) for v in step.invars]
-        axes = _mesh.varying(*inputs)
-        inputs = [_mesh.vary(jnp.asarray(a), axes) for a in inputs] if axes else inputs
-        if step.primitive.name in ("jit", "pjit"):
-            inner = step.params["jaxpr"]
-            outs = _steps(
-                partial_eval.convert_constvars_jaxpr(inner.jaxpr), [*inner.consts, *inputs]
-            )
-        elif step.primitive.name in ("pvary", "pcast"):
-            outs = inputs
-        else:
-            params = step.primitive.get_bind_params(step.params)
-            functions, params = params if isinstance(params, tuple) else ((), params)  # JAX 0.11
-            outs = step.primitive.bind(*functions, *inputs, **params)
-            outs = outs if step.primitive.multiple_results else [outs]
+        outs = run(step, [value(v) for v in step.invars])
         known.update(zip(step.outvars, outs, strict=True))
     return [value(v) for v in jaxpr.outvars]
+
+
+def _anew(step: Any, inputs: list[Any]) -> Any:
+    axes = _mesh.varying(*inputs)
+    inputs = [_mesh.vary(jnp.asarray(a), axes) for a in inputs] if axes else inputs
+    if step.primitive.name in CALLS:
+        inner = step.params["jaxpr"]
+        jaxpr = partial_eval.convert_constvars_jaxpr(inner.jaxpr)
+        return walk(jaxpr, [*inner.consts, *inputs], _anew)
+    if step.primitive.name in CASTS:
+        return inputs
+    params = step.primitive.get_bind_params(step.params)
+    functions, params = params if isinstance(params, tuple) else ((), params)  # JAX 0.11
+    outs = step.primitive.bind(*functions, *inputs, **params)
+    return outs if step.primitive.multiple_results else [outs]

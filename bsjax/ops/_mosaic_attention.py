@@ -33,6 +33,7 @@ def why_not(spec: Spec, x: Operands, p: Fixed) -> str | None:
 def forward(spec: Spec, x: Operands, p: Fixed) -> tuple[Array, Array]:
     """`(out[n, q, h, d], lse[n, h, q])`, in the dtype of q and in float32."""
     from pallas_kernels import attention
+    from pallas_kernels import attention_lists as lists
 
     n, h, _ = sizes(spec, x)
     sinks = None if x.sinks is None else x.sinks.astype(jnp.float32)
@@ -42,7 +43,7 @@ def forward(spec: Spec, x: Operands, p: Fixed) -> tuple[Array, Array]:
         return jnp.zeros(x.q.shape, x.q.dtype), _like(empty.astype(jnp.float32), x, p)
     x, p, sinks = _mosaic.alike(x, p, sinks)
     own, other, partial = _needed(spec, x, p)
-    rows = _lists(own, other, partial, spec.grid)
+    rows = lists.of_pattern(own, other, partial, spec.grid)
     shared = _shared(spec, x, rows)
     chosen = config.for_forward(
         x.q.shape[3], spec.block, shared=shared, workers=_mosaic.multiprocessors()
@@ -52,7 +53,7 @@ def forward(spec: Spec, x: Operands, p: Fixed) -> tuple[Array, Array]:
         x.k,
         x.v,
         rows,
-        _order(rows, chosen, n, h, h, spec.block[0]),
+        lists.order(rows, chosen, n, h, h, spec.block[0]),
         chosen,
         _scores(spec, p),
         *_limits(p),
@@ -72,6 +73,7 @@ def backward(
 ) -> Operands:
     """The gradient of every operand."""
     from pallas_kernels import attention_gradients as kernels
+    from pallas_kernels import attention_lists as lists
 
     n, h, group = sizes(spec, x)
     delta = jnp.sum(dout * out.astype(jnp.float32), axis=3).swapaxes(1, 2)
@@ -86,14 +88,15 @@ def backward(
     x, p, dy, log2, delta = _mosaic.alike(x, p, dy, log2, delta)
     own, other, partial = _needed(spec, x, p)
     (br, bc), (r, c) = spec.block, spec.grid
-    rows, columns = _lists(own, other, partial, (r, c)), _lists(other, own, partial, (c, r))
+    rows = lists.of_pattern(own, other, partial, (r, c))
+    columns = lists.of_pattern(other, own, partial, (c, r))
     saved, scores, limits = (x.q, x.k, x.v, dy, log2, delta), _scores(spec, p), _limits(p)
     d, workers, shared = x.q.shape[3], _mosaic.multiprocessors(), _shared(spec, x, rows)
     for_queries = config.for_dq(d, spec.block, shared=shared, workers=workers)
     for_keys = config.for_dkv(d, spec.block, crowded=scores.crowded, workers=workers)
-    order = _order(rows, for_queries, n, h, h, br)
+    order = lists.order(rows, for_queries, n, h, h, br)
     dq = kernels.dq(*saved, rows, order, for_queries, scores, *limits, block=spec.block)
-    order = _order(columns, for_keys, n, h // group, h, bc)
+    order = lists.order(columns, for_keys, n, h // group, h, bc)
     dk, dv = kernels.dkv(*saved, columns, order, for_keys, scores, *limits, block=spec.block)
     dq, dk, dv = (_like(a, x, p) for a in (dq, dk, dv))
     return Operands(dq, dk, dv, None, [], dsinks)
@@ -166,18 +169,6 @@ def _range(ids: Array, side: int, block: Array) -> tuple[Array, Array]:
         for a in ends
     )
     return least, most
-
-
-def _lists(own: Array, other: Array, partial: Array, grid: tuple[int, int]) -> Any:
-    from pallas_kernels import attention_lists
-
-    return attention_lists.of_pattern(own, other, partial, grid)
-
-
-def _order(lists: Any, chosen: Any, n: int, heads: int, h: int, side: int) -> Array:
-    from pallas_kernels import attention_lists
-
-    return attention_lists.order(lists, chosen, n, heads, h, side)
 
 
 def _shared(spec: Spec, x: Operands, lists: Any) -> int:

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float, Int32
 
 from bsjax.ops import _attention_validate as validate
-from bsjax.ops._attention_tile import kept
+from bsjax.ops._reference import accumulator
 from bsjax.pattern import BlockPattern
 from bsjax.pattern._validate import pair, size
 
@@ -18,7 +18,14 @@ OP = "top_blocks"
 
 
 def top_blocks(
-    q: Any, k: Any, *, block: Any, count: int, causal: bool = True, capacity: int | None = None
+    q: Any,
+    k: Any,
+    *,
+    block: Any,
+    count: int,
+    causal: bool = True,
+    among: Any = None,
+    capacity: int | None = None,
 ) -> tuple[BlockPattern, Bool[Array, "*n h e br 1"]]:
     """The `count` key blocks that fit each query best: `(p, chosen)`, under `jit` too.
 
@@ -32,6 +39,9 @@ def top_blocks(
     of the block those are, so that a query sees nothing that only its neighbours chose. Neither has
     a gradient.
 
+    `among`, bool that broadcasts to `[..., h, q, c]`: the blocks that each query chooses from.
+    Where these are fewer than `count`, it has all of them.
+
     `capacity` is the number of slots. If not given, it is the most that could ever be needed; if
     given and too small for one head, that head has no valid slot, and `bsjax.check(p)` says so.
 
@@ -40,44 +50,89 @@ def top_blocks(
     validate.heads(q, k, k, OP)
     br, bc = pair(OP, "block", block)
     count = size(OP, "count", count, least=1)
-    *lead, length, h, d = q.shape
-    s, g = k.shape[-3:-1]
+    (*lead, length, h, _), s = q.shape, k.shape[-3]
     if causal and length > s:
         raise ValueError(
             f"{OP}: {length} queries and {s} keys: with `causal` a query is at the position of a "
             "key, so there must be as many keys: give causal=False for cross-attention."
         )
-    r, c, n = math.ceil(length / br), math.ceil(s / bc), math.prod(lead)
+    r, c = math.ceil(length / br), math.ceil(s / bc)
     reach = np.minimum(np.arange(1, r + 1) * br - 1, length - 1) // bc + 1 if causal else c
     most = int(np.minimum(np.broadcast_to(reach, r), br * count).sum())
     capacity = most if capacity is None else size(OP, "capacity", capacity)
-    q, k = (lax.stop_gradient(a).reshape(n, *a.shape[len(lead) :]) for a in (q, k))
-    q, k = (a.astype(kept(a.dtype)) for a in (q, k))
-    own = jnp.arange(length, dtype=jnp.int32)[:, None] // bc
-    column = jnp.arange(c, dtype=jnp.int32)[None]
-    allowed = column <= own if causal else jnp.ones((length, c), bool)
+    if among is not None:
+        among = _among(among, (*lead, h, length, c))
+    if not r * c:
+        p = BlockPattern.from_mask(np.zeros((r, c), bool), (br, bc), capacity=capacity)
+        empty = p, jnp.zeros((capacity, br, 1), bool)
+        return jax.tree.map(lambda a: jnp.broadcast_to(a, (*lead, h, *a.shape)), empty)
+    own = jnp.arange(length, dtype=jnp.int32) // bc if causal else None
+    return by_query(choices(q, block_means(k, bc), own, among, count), (br, bc), capacity)
 
-    def chosen_by(q: Array, k: Array) -> Array:
-        """`q[q, d]`, `k[s, d]` of one head: bool `[r * br, c]`."""
-        padded = jnp.pad(k, ((0, c * bc - s), (0, 0))).reshape(c, bc, d).sum(1)
-        members = jnp.minimum(bc, s - bc * jnp.arange(c)).astype(k.dtype)
-        score = jnp.matmul(q, (padded / members[:, None]).T, precision=lax.Precision.HIGHEST)
-        if causal:
-            score = jnp.where(column == own, jnp.inf, jnp.where(allowed, score, -jnp.inf))
-        best = lax.top_k(score, min(count, c))[1]
-        rows = jnp.arange(length, dtype=jnp.int32)[:, None]
-        chosen = jnp.zeros((length, c), bool).at[rows, best].set(True) & allowed
-        return jnp.pad(chosen, ((0, r * br - length), (0, 0)))
 
-    def one(q: Array, k: Array) -> tuple[BlockPattern, Array]:
-        if not r * c:
-            p = BlockPattern.from_mask(np.zeros((r, c), bool), (br, bc), capacity=capacity)
-            return p, jnp.zeros((capacity, br, 1), bool)
-        chosen = chosen_by(q, k).reshape(r, br, c)
-        p = BlockPattern.from_mask(chosen.any(1), (br, bc), capacity=capacity)
+def _among(value: Any, shape: tuple[int, ...]) -> Array:
+    value = validate.boolean("among", value, OP)
+    if value.ndim > len(shape) or any(
+        size not in (1, want) for size, want in zip(value.shape[::-1], shape[::-1], strict=False)
+    ):
+        raise ValueError(
+            f"{OP}: `among` of shape {value.shape} must broadcast to {shape}: the blocks of keys "
+            "that each query of each head may choose."
+        )
+    return value.reshape((1,) * (len(shape) - value.ndim) + value.shape)
+
+
+def block_means(k: Float[Array, "*n s g d"], bc: int) -> Float[Array, "*n c g d"]:
+    """The mean of each block of keys, in what sums are kept in."""
+    *lead, s, g, d = k.shape
+    c = math.ceil(s / bc)
+    k = lax.stop_gradient(k).astype(accumulator(k))
+    k = jnp.pad(k, [(0, 0)] * len(lead) + [(0, c * bc - s), (0, 0), (0, 0)])
+    members = np.minimum(bc, s - bc * np.arange(c)).reshape((1,) * len(lead) + (c, 1, 1))
+    return k.reshape(*lead, c, bc, g, d).sum(-3) / jnp.asarray(members, k.dtype)
+
+
+def choices(
+    q: Float[Array, "*n q h d"],
+    means: Float[Array, "*n c g d"],
+    own: Int32[Array, " q"] | None,
+    among: Bool[Array, "..."] | None,
+    count: int,
+) -> Bool[Array, "*n h q c"]:
+    """The `count` blocks that fit each query best: its `own` first, none of the later ones."""
+    *lead, length, h, d = q.shape
+    c, g = means.shape[-3:-1]
+    q = lax.stop_gradient(q).astype(means.dtype).reshape(*lead, length, g, h // g, d)
+    score = jnp.einsum("...qgjd,...cgd->...gjqc", q, means, precision=lax.Precision.HIGHEST)
+    score = score.reshape(*lead, h, length, c)
+    column, allowed = jnp.arange(c, dtype=jnp.int32)[None], jnp.ones((1, 1), bool)
+    if own is not None:
+        score = jnp.where(_lift(column == own[:, None], score), jnp.inf, score)
+        allowed = column <= own[:, None]
+    allowed = _lift(allowed, score)
+    allowed = allowed if among is None else allowed & _lift(among, score)
+    best = lax.top_k(jnp.where(allowed, score, -jnp.inf), min(count, c))[1]
+    chosen = jnp.put_along_axis(jnp.zeros(score.shape, bool), best, True, -1, inplace=False)
+    return chosen & allowed
+
+
+def _lift(a: Array, like: Array) -> Array:
+    """With axes of size one, as many as `like` has."""
+    return a.reshape((1,) * (like.ndim - a.ndim) + a.shape)
+
+
+def by_query(
+    chosen: Bool[Array, "*n q c"], block: tuple[int, int], capacity: int
+) -> tuple[BlockPattern, Bool[Array, "*n e br 1"]]:
+    """The pattern of the key blocks that queries chose, and which of a block's queries did."""
+    (*lead, length, c), (br, _) = chosen.shape, block
+    r = math.ceil(length / br)
+
+    @jax.vmap
+    def one(chosen: Array) -> tuple[BlockPattern, Array]:
+        chosen = jnp.pad(chosen, ((0, r * br - length), (0, 0))).reshape(r, br, c)
+        p = BlockPattern.from_mask(chosen.any(1), block, capacity=capacity)
         return p, chosen.at[p.row, :, p.col].get(mode="clip")[..., None]
 
-    k = jnp.repeat(k, h // g, axis=2)
-    p, chosen = jax.vmap(jax.vmap(one, (1, 1)))(q, k)
-    shape = (*lead, h)
-    return jax.tree.map(lambda a: a.reshape(*shape, *a.shape[2:]), (p, chosen))
+    found = one(chosen.reshape(math.prod(lead), length, c))
+    return jax.tree.map(lambda a: a.reshape(*lead, *a.shape[1:]), found)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx, serialization
 
+import bsjax
 from bsjax.nnx import BlockConv, BlockLinear, fold_batch_norm
 from tests.helpers import assert_close, assert_raises, normal, slow
 from tests.ops.conv import kernel, lax_conv
@@ -221,3 +222,11 @@ def test_messages():
     assert_raises(
         lambda: layer()(image(1, 3, 3, 8), residual=image(1, 3, 3, 8)), ValueError, message
     )
+
+
+def test_layers_of_one_pattern_can_be_donated():
+    """No buffer is that of two layers."""
+    p = bsjax.BlockPattern.from_mask(np.eye(2, dtype=bool), 4)
+    layers = [BlockConv(8, 8, 1, pattern=p, rngs=nnx.Rngs(i)) for i in range(2)]
+    step = nnx.jit(lambda model, x: model[1](model[0](x)), donate_argnums=0)
+    assert step(nnx.List(layers), jnp.ones((1, 3, 8))).shape == (1, 3, 8)

@@ -65,3 +65,26 @@ def elements(mask, block, lengths):
     """A mask of blocks `[..., r, c]` as one of elements `[..., q, s]`."""
     whole = np.repeat(np.repeat(np.asarray(mask), block[0], -2), block[1], -1)
     return whole[..., : lengths[0], : lengths[1]]
+
+
+def choices(q, k, block, count, *, causal=True, among=True):
+    """`[n, h, q, c]`: the blocks of keys that each query chooses, one query after another. No
+    choice hangs on a rounding."""
+    q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
+    (n, length, heads, _), (_, s, g, _) = q.shape, k.shape
+    starts = range(0, s, block)
+    chosen = np.zeros((n, heads, length, len(starts)), bool)
+    among = np.broadcast_to(among, chosen.shape)
+    for b, h, t in np.ndindex(chosen.shape[:3]):
+        may = [j for j in range(len(starts)) if among[b, h, t, j]]
+        if causal:
+            may = [j for j in may if starts[j] <= t]
+        means = {j: k[b, starts[j] : starts[j] + block, h * g // heads].mean(0) for j in may}
+        score = {j: float(means[j] @ q[b, t, h]) for j in may}
+        if causal and t // block in may:
+            score[t // block] = np.inf
+        best = sorted(may, key=lambda j: -score[j])
+        if 0 < count < len(best):
+            assert score[best[count - 1]] - score[best[count]] > 1e-5
+        chosen[b, h, t, best[:count]] = True
+    return chosen

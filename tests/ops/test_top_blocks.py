@@ -7,7 +7,8 @@ import pytest
 
 import bsjax
 from bsjax import masks
-from tests.helpers import assert_raises, normal
+from tests.helpers import assert_close, assert_raises, normal
+from tests.ops.attention import choices, oracle
 
 N, S, H, G, D = 2, 45, 4, 2, 8
 
@@ -17,28 +18,14 @@ def inputs(s=S):
     return [normal(rng, (N, s, heads, D)) for heads in (H, G, G)]
 
 
-def choices(q, k, block, count, causal):
-    """`[n, h, q, c]`: what each query chooses, query by query."""
-    q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
-    c = -(-k.shape[1] // block)
-    chosen = np.zeros((N, H, q.shape[1], c), bool)
-    for n, h, t in np.ndindex(chosen.shape[:3]):
-        blocks = [k[n, j * block : (j + 1) * block, h * G // H].mean(0) for j in range(c)]
-        score = np.array(blocks) @ q[n, t, h]
-        if causal:
-            score[t // block] = np.inf
-            score = score[: t // block + 1]
-        chosen[n, h, t, np.argsort(-score)[:count]] = True
-    return chosen
-
-
 @pytest.mark.parametrize(("causal", "block"), [(True, (8, 4)), (False, (4, 16))])
 def test_choices(causal, block):
     q, k, v = inputs()
-    p, chosen = jax.jit(lambda q, k: bsjax.top_blocks(q, k, block=block, count=3, causal=causal))(
-        q, k
-    )
-    want = choices(q, k, block[1], 3, causal)
+    among = np.random.default_rng(2).random((H, S, -(-S // block[1]))) < 0.7
+    p, chosen = jax.jit(
+        lambda *a: bsjax.top_blocks(*a, block=block, count=3, causal=causal, among=among)
+    )(q, k)
+    want = choices(q, k, block[1], 3, causal=causal, among=among)
     r = -(-S // block[0])
     padded = np.pad(want, ((0, 0), (0, 0), (0, r * block[0] - S), (0, 0)))
     joined = padded.reshape(N, H, r, block[0], -1)
@@ -51,9 +38,7 @@ def test_choices(causal, block):
         bsjax.check(p)
         seen = np.repeat(want, block[1], -1)[..., :S] & np.tri(S, dtype=bool)
         got = bsjax.attention(q, k, v, p, mask=(chosen, masks.causal()), implementation="xla")
-        with jax.default_matmul_precision("highest"):
-            dense = jax.nn.dot_product_attention(q, k, v, mask=seen)
-        np.testing.assert_allclose(got, dense, atol=1e-5)
+        assert_close(got, oracle(q, k, v, got, seen).out, D + S)
 
 
 def attentions():
@@ -98,7 +83,7 @@ def test_choices_have_no_gradient():
     dout = normal(np.random.default_rng(1), q.shape)
     both = jax.jit(lambda *a: [jax.vjp(one, *a)[1](dout) for one in (f, fixed)])
     for a, b in zip(*both(q, k, v), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+        np.testing.assert_array_equal(a, b)  # the same arithmetic, in the same order
 
 
 def test_capacity():
@@ -124,6 +109,18 @@ def test_messages():
         ValueError,
         "top_blocks: 45 queries and 20 keys: with `causal` a query is at the position of a key, so "
         "there must be as many keys: give causal=False for cross-attention.",
+    )
+    assert_raises(
+        lambda: bsjax.top_blocks(q, k, block=4, count=2, among=np.ones((S, 5), bool)),
+        ValueError,
+        "top_blocks: `among` of shape (45, 5) must broadcast to (2, 4, 45, 12): the blocks of keys "
+        "that each query of each head may choose.",
+    )
+    assert_raises(
+        lambda: bsjax.top_blocks(q, k, block=4, count=2, among=np.ones((S, 12), int)),
+        TypeError,
+        "top_blocks: `among` must be a bool array, got int64: say what holds, for example "
+        "`among != 0`.",
     )
     assert_raises(
         lambda: bsjax.top_blocks(q, k, block=4, count=0),

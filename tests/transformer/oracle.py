@@ -8,6 +8,22 @@ import numpy as np
 import bsjax
 
 
+def assert_close(got, want, terms, roundings=0, least=0.0):
+    """The largest number of `want` is the size of what was summed on the way to it, in one float32
+    sum after another, of `terms` products together, with so many `roundings` to the dtype of `got`.
+
+    Each addition rounds by half a unit in the last place, and the sizes of partial sums grow like
+    the root of their number: `eps32 / 2 * sqrt(terms)` of the result, in whatever order. A factor 8
+    is for the largest of many results, and because `want` has such an error too. A rounding to
+    another dtype errs by `eps / 2` of what is rounded, at most.
+    """
+    eps, eps32 = (float(jnp.finfo(d).eps) for d in (got.dtype, jnp.float32))
+    got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
+    size = max(least, float(np.abs(want).max()))
+    atol = size * (4 * eps32 * terms**0.5 + roundings * eps / 2)
+    np.testing.assert_allclose(got, want, rtol=0, atol=atol)
+
+
 def weight(layer):
     """The dense matrix of a projection of any kind."""
     if hasattr(layer, "values"):
@@ -21,17 +37,18 @@ def linear(layer, x):
     return y if layer.bias is None else y + layer.bias[...].reshape((1,) * (y.ndim - 1) + (-1,))
 
 
-def rotated(x, base=10_000.0):
+def rotated(x, base, positions=None):
     """Each pair of features as a complex number that turns with its position."""
     half = x.shape[-1] // 2
     turns = base ** -(np.arange(half) / half)
-    angle = np.arange(x.shape[-3])[:, None, None] * turns
+    positions = np.arange(x.shape[-3]) if positions is None else positions
+    angle = positions[:, None, None] * turns
     turn = jnp.asarray(np.exp(1j * angle)[None], jnp.complex64)
     z = jax.lax.complex(x[..., :half], x[..., half:]) * turn
     return jnp.concatenate([z.real, z.imag], axis=-1).astype(x.dtype)
 
 
-def attention(layer, x, encoded=None, *, seen=None):
+def attention(layer, x, encoded=None, *, seen=None, positions=None):
     """`seen` broadcasts to `[n, h, q, s]`."""
     o, keys = layer.options, x if encoded is None else encoded
     q, k, v = (
@@ -39,7 +56,7 @@ def attention(layer, x, encoded=None, *, seen=None):
         for one, inputs in ((layer.query, x), (layer.key, keys), (layer.value, keys))
     )
     if o.rotary:
-        q, k = rotated(q), rotated(k)
+        q, k = (rotated(a, o.rotary_base, positions) for a in (q, k))
     n, length, s = x.shape[0], x.shape[1], keys.shape[1]
     seen = jnp.ones((1, 1, 1, 1), bool) if seen is None else jnp.asarray(seen)
     seen = jnp.broadcast_to(seen, (n, o.num_heads, length, s))

@@ -9,6 +9,7 @@ import bsjax
 import bsjax.nnx
 from bsjax import masks
 from tests.helpers import assert_raises, normal, random_mask
+from tests.ops.attention import oracle as in_numpy
 from tests.transformer import oracle
 
 RNG = np.random.default_rng(0)
@@ -16,6 +17,7 @@ N, LENGTH, KEYS, WIDTH, HEADS, BLOCK = 2, 21, 13, 20, 4, 8
 X, ENCODED = (normal(RNG, (N, size, WIDTH)) for size in (LENGTH, KEYS))
 PER_HEAD = masks.per_head([masks.causal() & masks.window(2), masks.causal() & masks.every(4)] * 2)
 STREAMING = masks.streaming(5, 2)
+TERMS = WIDTH + 8 + LENGTH + 10 + 32  # projections, scores, keys and memory, the last projection
 
 
 def make(**options):
@@ -28,22 +30,33 @@ def make(**options):
     return layer
 
 
-def compare(layer, seen, *args, **options):
+def compare(layer, seen, *args, positions=None, **options):
     """The result; gradients are compared for whole layers (test_layer.py)."""
 
     @nnx.jit
     def both(layer, *args):
-        return layer(*args, **options), oracle.attention(layer, *args, seen=seen)
+        want = oracle.attention(layer, *args, seen=seen, positions=positions)
+        return layer(*args, input_positions=positions, **options), want
 
-    got, want = both(layer, X, *args)
-    scale = max(0.1, float(jnp.abs(want).max()))
-    # sums of at most a hundred terms, in another order
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-5 * scale)
+    oracle.assert_close(*both(layer, X, *args), TERMS)
 
 
 def test_rotary_grouped_heads_and_sinks():
-    layer = make(mask=STREAMING, rotary=True, num_kv_heads=2, sinks=True)
-    compare(layer, oracle.elements(STREAMING, HEADS, LENGTH))
+    layer = make(mask=STREAMING, rotary=True, rotary_base=100.0, num_kv_heads=2, sinks=True)
+    positions = np.arange(LENGTH) ** 2 % 50
+    compare(layer, oracle.elements(STREAMING, HEADS, LENGTH), positions=positions)
+
+
+def test_a_softcap():
+    layer = make(mask=STREAMING, softcap=0.5)
+    q, k, v = (
+        oracle.linear(one, X).reshape(N, LENGTH, HEADS, 8)
+        for one in (layer.query, layer.key, layer.value)
+    )
+    seen = oracle.elements(STREAMING, HEADS, LENGTH)
+    y = in_numpy(q, k, v, q, seen, softcap=0.5).out.reshape(N, LENGTH, 32)
+    want = oracle.linear(layer.out, jnp.asarray(y, jnp.float32))
+    oracle.assert_close(nnx.jit(lambda layer: layer(X))(layer), want, TERMS)
 
 
 def test_memory_and_a_mask_for_each_head():
@@ -90,8 +103,8 @@ def test_dtypes_dropout_and_sampling():
     with jax.numpy_dtype_promotion("standard"):  # norms of Flax promote
         y = run(low, X, deterministic=True)
     assert y.dtype == jnp.bfloat16
-    # projections of 20 and 32 terms, rounded to 8 bits each
-    np.testing.assert_allclose(np.asarray(y, np.float32), exact, atol=0.05)
+    # inputs, weights, a projection, its bias, a norm; what is attended to, and a projection again
+    oracle.assert_close(y, exact, TERMS, roundings=9)
 
 
 def test_values_of_other_inputs():
