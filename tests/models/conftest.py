@@ -1,6 +1,5 @@
 """What the tests of a recipe share."""
 
-import jax
 import numpy as np
 import pytest
 
@@ -9,12 +8,8 @@ from tests.models.tiny import write_words
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compilations():
-    """Most of what runs here runs once, and is small: compiling it well would take longest."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+def _quickly(quick_compilations):
+    """All recipes."""
 
 
 @pytest.fixture(scope="session")

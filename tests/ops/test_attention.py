@@ -12,6 +12,7 @@ from bsjax import masks
 from tests.helpers import assert_close, normal, slow
 from tests.ops.attention import elements, oracle
 
+pytestmark = pytest.mark.usefixtures("quick_compilations")
 N, Q, S, H, G, D, F = 2, 37, 50, 4, 2, 24, 20
 BLOCK, GRID, CAPACITY = (8, 16), (5, 4), 16
 TERMS = D + F + S  # products behind one number: of a score, of its gradient, of a sum over keys

@@ -17,6 +17,7 @@ from bsjax.ops._attention_tile import Fixed, Operands, Spec
 from tests.helpers import assert_close, normal, slow, unchecked
 from tests.ops.attention import oracle
 
+pytestmark = pytest.mark.usefixtures("quick_compilations")
 N, S, H, G, D, B = 8, 24, 4, 2, 8, 8
 MASK = masks.strided(4)
 P, FULL = MASK.pattern((S, S), B)

@@ -16,6 +16,7 @@ from bsjax.ops._conv_form import forward
 from tests.helpers import assert_close, random_mask, slow
 from tests.ops.conv import MASK, case, cotangent, theirs
 
+pytestmark = pytest.mark.usefixtures("quick_compilations")
 DEVICES = 8
 
 

@@ -13,6 +13,7 @@ import bsjax
 from tests.helpers import accumulator, assert_close, assert_raises, normal, slow
 from tests.ops.test_sampled import weights_of
 
+pytestmark = pytest.mark.usefixtures("quick_compilations")
 KEY = jax.random.key(3)
 K, M = 12, 5
 

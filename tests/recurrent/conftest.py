@@ -6,6 +6,11 @@ import pytest
 from bsjax.ops import _core
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quickly(quick_compilations):
+    """All of them."""
+
+
 @pytest.fixture
 def x64():
     """Cells and sequences of `tests.recurrent.cells` are in float64."""
