@@ -11,6 +11,7 @@ from flax import nnx
 
 import bsjax.linen
 import bsjax.nnx
+from tests.helpers import slow
 from tests.recurrent.cells import (
     BATCH,
     BLOCK,
@@ -40,7 +41,7 @@ def linen(name="SmallWorldLSTMCell", **options):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [NAMES[0], slow(NAMES[1]), NAMES[2]])
 def test_both_dialects_and_flax_agree(name, sums):
     """Outputs, carry and gradients, with converted parameters, under all four kinds of RNN."""
     x = sequence()

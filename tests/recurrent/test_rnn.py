@@ -108,7 +108,7 @@ def test_truncated_backpropagation_stops_at_the_carry():
 @pytest.mark.usefixtures("x64")
 def test_remat_is_no_remat():
     """The same numbers, and only the inputs and cotangents of products kept."""
-    cells = [make(), make()]
+    cells = [make("BlockLSTMCell"), make("BlockLSTMCell")]
     rnns = [
         bsjax.nnx.RNN(cell, remat=remat) for cell, remat in zip(cells, (False, True), strict=True)
     ]
@@ -145,7 +145,9 @@ def test_lengths_select_the_carry():
 @pytest.mark.usefixtures("x64")
 def test_dropout_draws_for_each_step():
     """As under `nnx.RNN`, with its random numbers; another call draws anew; `eval` is exact."""
-    ours, theirs = (kind(make(dropout_rate=0.5)) for kind in (bsjax.nnx.RNN, nnx.RNN))
+    ours, theirs = (
+        kind(make("BlockLSTMCell", dropout_rate=0.5)) for kind in (bsjax.nnx.RNN, nnx.RNN)
+    )
     run = nnx.jit(lambda rnn, x: rnn(x))
     x = jnp.broadcast_to(sequence()[:, :1], (BATCH, TIME, IN))
     first, second = run(ours, x), run(ours, x)
@@ -154,7 +156,7 @@ def test_dropout_draws_for_each_step():
     ours.eval()
     exact = run(ours, x)
     np.testing.assert_array_equal(exact, run(ours, x))
-    np.testing.assert_array_equal(exact, run(bsjax.nnx.RNN(make()), x))
+    np.testing.assert_array_equal(exact, run(bsjax.nnx.RNN(make("BlockLSTMCell")), x))
 
 
 @pytest.mark.usefixtures("x64")
