@@ -30,6 +30,7 @@ class Decoder(NamedTuple):
     kind: str  # "gpt2", or "transformer": one of `models.transformer`
     about: dict[str, Any]  # the arguments of `blank`; fits in JSON
     trained_on: str | None = None  # the hash of a text, where it is known
+    batches: int = 0  # of that text that it has seen: the next ones are others
 
     @property
     def vocabulary(self) -> int:
@@ -84,6 +85,7 @@ def save(path: Path, decoder: Decoder) -> None:
         "kind": decoder.kind,
         "about": decoder.about,
         "trained on": decoder.trained_on,
+        "batches": decoder.batches,
         "patterns": {n: {"grid": list(p.grid), "block": p.block[0]} for n, p in patterns.items()},
     }
     _tensors.write(path, arrays, {KEY: json.dumps(facts)})
@@ -114,7 +116,8 @@ def _ours(tensors: _tensors.Tensors) -> Decoder:
     shapes = {name: tuple(array.shape) for name, array in _parameters(model).items()}
     _tensors.check_names(tensors.path, shapes, tensors.names - indices, "what it says")
     read = {name: tensors.floats(name, shape) for name, shape in shapes.items()}
-    return Decoder(gpt2.filled(model, read), facts["kind"], facts["about"], facts.get("trained on"))
+    told = facts["kind"], facts["about"], facts.get("trained on"), facts.get("batches", 0)
+    return Decoder(gpt2.filled(model, read), *told)
 
 
 def _from_checkpoint(folder: Path) -> Decoder:
@@ -125,7 +128,8 @@ def _from_checkpoint(folder: Path) -> Decoder:
                 arrays=ocp.args.StandardRestore(),  # pyright: ignore[reportCallIssue]
                 record=ocp.args.JsonRestore(),  # pyright: ignore[reportCallIssue]
             )
-            found = manager.restore(manager.latest_step(), args=args)
+            step = manager.latest_step() or 0
+            found = manager.restore(step, args=args)
         arrays, said = found["arrays"], found["record"]["about"]
     except (KeyError, OSError, TypeError, ValueError) as error:
         raise Mistake(
@@ -150,7 +154,8 @@ def _from_checkpoint(folder: Path) -> Decoder:
     if wrong := [name for name in wanted if wanted[name] != given[name]]:
         raise Mistake(f"{where} has other shapes than its flags say, such as that of {wrong[0]}")
     read = {name: np.asarray(array) for name, array in dense[0].items()}
-    return Decoder(gpt2.filled(model, read), "transformer", about, said.get("a text with the hash"))
+    text = said.get("a text with the hash")
+    return Decoder(gpt2.filled(model, read), "transformer", about, text, step)
 
 
 def _parameters(model: Any) -> dict[str, Any]:

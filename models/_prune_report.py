@@ -8,14 +8,15 @@ import numpy as np
 
 from models import _report as report
 
-DENSE, MAGNITUDE, RANDOM = "dense", "magnitude", "random"
+DENSE = "dense"
+MAGNITUDE, GRADIENT, RANDOM = CRITERIA = ("magnitude", "gradient", "random")
 GIVEN = "as given"  # in the place of dense, of a model that has been pruned before
 SHOWN = 8  # patterns in the picture
 
 
 def title(method: str, density: float) -> str:
     """What a model is called."""
-    return f"{method} {density:g}" if method in (MAGNITUDE, RANDOM) else method
+    return f"{method} {density:g}" if method in CRITERIA else method
 
 
 def show(
@@ -26,11 +27,11 @@ def show(
     models: Mapping[str, Any],
 ) -> None:
     """Prints the table and saves the pictures. The first row is the model that was pruned;
-    `seconds` are those of this one and of the pruned ones, by density."""
+    `seconds` are those of this one and of the pruned ones, by their titles."""
     name = "bits/byte" if unit == "byte" else "nats/token"
     table, base = {}, rows[0].method
     for row in rows:
-        timed = base if row.method == base else f"{row.density:g}"
+        name_of_row = title(row.method, row.density)
         cells = {"stored": row.stored, "parameters": row.parameters, name: row.loss}
         if unit == "token":
             cells["perplexity"] = math.exp(row.loss)
@@ -38,10 +39,10 @@ def show(
             cells[f"{name}, {config.steps} steps more"] = row.tuned
             if unit == "token":
                 cells["perplexity, then"] = math.exp(row.tuned)
-        if row.method != RANDOM:  # as many blocks: as long
-            cells["ms"] = 1e3 * float(np.median(seconds[timed]))
-            cells[f"speed ({base} = 1)"] = report.ratio(seconds[base], seconds[timed])
-        table[title(row.method, row.density)] = cells
+        if (timed := seconds.get(name_of_row)) is not None:
+            cells["ms"] = 1e3 * float(np.median(timed))
+            cells[f"speed ({base} = 1)"] = report.ratio(seconds[base], timed)
+        table[name_of_row] = cells
     window = config.batch * config.length
     report.print_table(f"Held-out {name}; forward passes of {window:,} {unit}s", table)
     stem, densities = str(config.out / "prune"), sorted(set(config.densities))
@@ -54,7 +55,7 @@ def show(
             y=name.replace("/", " per "),
             ticks=densities,
         )
-    fewest = models[f"{densities[0]:g}"]
+    fewest = models[title(config.criteria[0], densities[0])]
     patterns = dict(list(report.patterns_in(fewest).items())[:SHOWN])
     report.save_patterns(f"{stem}-patterns.png", patterns, columns=4)
 

@@ -5,16 +5,18 @@
     python -m models.prune --model FOLDER/model.safetensors --tokens FILE.npy --learning_rate 1e-4
 
 Of each linear layer, the blocks of the largest l2 norm stay, bitwise as they were, and it becomes a
-`bsjax.nnx.BlockLinear`. Beside it stands a model that keeps as many blocks of each layer, drawn at
-random. Reported are the losses on held-out text of both, right after pruning and after `--steps`
-steps of fine-tuning, of the dense model and of one that took as many more steps, and the time of a
-forward pass. Pruned models are saved; `--model` takes them again, to prune them further.
+`bsjax.nnx.BlockLinear`; with `--criteria gradient` those stay without which the loss would change
+most. Beside it stands a model that keeps as many blocks of each layer, drawn at random. Reported
+are the losses on held-out text of each, right after pruning and after `--steps` steps of
+fine-tuning, of the dense model and of one that took as many more steps, and the time of a forward
+pass. Pruned models are saved; `--model` takes them again, to prune them further.
 """
 
 import dataclasses
 import functools
 import math
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +34,7 @@ from models import _text as texts
 from models._cli import Mistake, option
 from models._decoders import Decoder
 from models._language import bits, heldout_bits
-from models._prune_report import DENSE, GIVEN, MAGNITUDE, RANDOM, show, title
+from models._prune_report import CRITERIA, DENSE, GIVEN, GRADIENT, MAGNITUDE, RANDOM, show, title
 from models._report import interleaved
 from models._runs import Runs, whereabouts
 from models._train import Progress, finite, is_matrix, output_folder
@@ -73,7 +75,13 @@ class Config:
         "whether block-columns, or block-rows, keep equally many",
         choices=pruning.BALANCES,
     )
-    random: bool = option(True, "compare with blocks drawn at random")
+    criteria: tuple[str, ...] = option(
+        (MAGNITUDE, RANDOM),
+        "what blocks are chosen by: their norms, what the loss changes by without them to first "
+        "order, or chance",
+        choices=CRITERIA,
+    )
+    score_batches: int = option(16, "batches that --criteria gradient looks at", least=1)
     steps: int = option(50, "of fine-tuning", least=0)
     learning_rate: float = option(1e-3, "of fine-tuning, its highest value", above=0)
     weight_decay: float = option(0.1, "of all weights but biases and gains", least=0)
@@ -116,6 +124,11 @@ def train_step(model: Any, optimizer: nnx.Optimizer, data: jax.Array) -> jax.Arr
     return loss
 
 
+@nnx.jit
+def gradient(model: Any, data: jax.Array) -> nnx.State:
+    return nnx.grad(lambda model: bits(model, data).mean())(model)
+
+
 @functools.cache  # models of equal shapes must have equal optimizers, or each compiles a step
 def adam(peak: float, steps: int, decay: float) -> optax.GradientTransformation:
     """AdamW; its rate rises in a tenth of the steps, then falls along a cosine."""
@@ -143,7 +156,9 @@ def own(config: Config, text: texts.Text) -> Decoder:
     heads = config.heads or HEADS
     cli.check_multiple("width", config.width, "2 x --heads", 2 * heads)
     flags = {"layers": config.layers, "heads": heads, "length": config.length, "seed": config.seed}
-    decoder = _decoders.start(flags, config.width)._replace(trained_on=text.digest)
+    decoder = _decoders.start(flags, config.width)._replace(
+        trained_on=text.digest, batches=config.train_steps
+    )
     rate, steps = config.train_learning_rate, config.train_steps
     fit(config, decoder.model, text, rate=rate, steps=steps, first=0, name="training dense")
     return decoder
@@ -158,7 +173,7 @@ class Bench(NamedTuple):
     config: Config
     text: texts.Text
     unit: str  # "byte" or "token"
-    first: int  # the number of the first batch of fine-tuning
+    first: int  # the number of the first batch that no model has seen
 
     def loss(self, model: Any) -> float:
         """On held-out text: bits per byte, or nats per token."""
@@ -168,6 +183,14 @@ class Bench(NamedTuple):
         sizes = {"count": c.heldout, "length": c.length, "size": size}
         found = heldout_bits(model, self.text.heldout, **sizes)
         return found if self.unit == "byte" else found * math.log(2)
+
+    def gradients(self, model: Any) -> Iterator[nnx.State]:
+        """Of the loss of a few batches of training text, one by one."""
+        c = self.config
+        for i in range(c.score_batches):
+            sizes = {"seed": c.seed, "size": c.batch, "length": c.length}
+            data = jnp.asarray(texts.batch(self.text.train, self.first + i, **sizes))
+            yield gradient(model, data)
 
     def row(self, method: str, density: float, stored: float, model: Any) -> Row:
         """The losses of a model, which is fine-tuned in place."""
@@ -184,27 +207,31 @@ class Bench(NamedTuple):
 
 
 def prune_all(bench: Bench, decoder: Decoder, add: Any) -> tuple[list[Row], dict[str, Any]]:
-    """A row for each model, and the pruned models by name, fine-tuned."""
+    """A row for each model, and the pruned models by their titles, fine-tuned."""
     config, dense = bench.config, decoder.model
     found = pruning.weights(dense, config.block)
     stored = pruning.share({name: one.stored for name, one in found.items()}, found)
     base = DENSE if stored == 1 else GIVEN
     rows = [bench.row(base, stored, stored, pruning.clone(dense))]
     add(rows[0])
+    scores = {}
+    if GRADIENT in config.criteria:
+        scores = pruning.saliencies(dense, bench.gradients(dense), config.block)
     kept: dict[str, Any] = {}
     for density in dict.fromkeys(config.densities):
         how = {"scope": config.scope, "balance": config.balance}
         chosen = {MAGNITUDE: pruning.by_magnitude(found, density, **how)}
-        if config.random:
-            chosen[RANDOM] = pruning.at_random(
-                found, chosen[MAGNITUDE], balance=config.balance, seed=config.seed
-            )
-        for method, masks in chosen.items():
-            model = pruning.pruned(dense, masks, config.block)
-            rows.append(bench.row(method, density, pruning.share(masks, found), model))
+        if scores:
+            chosen[GRADIENT] = pruning.masks(scores, density, **how)
+        chosen[RANDOM] = pruning.at_random(
+            found, chosen[MAGNITUDE], balance=config.balance, seed=config.seed
+        )
+        for method in dict.fromkeys(config.criteria):
+            model = pruning.pruned(dense, chosen[method], config.block)
+            stored = pruning.share(chosen[method], found)
+            rows.append(bench.row(method, density, stored, model))
             add(rows[-1])
-            if method == MAGNITUDE:
-                kept[f"{density:g}"] = model
+            kept[title(method, density)] = model
     return rows, kept
 
 
@@ -253,9 +280,8 @@ def main(argv: list[str] | None = None) -> int:
     start = time.perf_counter()
     decoder, text, unit = load(config)
     print(text.about)
-    first = 0
     if decoder is None:
-        decoder, first = own(config, text), config.train_steps
+        decoder = own(config, text)
         if config.save:
             _decoders.save(config.out / "prune-dense.safetensors", decoder)
     elif decoder.trained_on not in (None, text.digest):
@@ -275,14 +301,17 @@ def main(argv: list[str] | None = None) -> int:
         settings = {name: facts.pop(name) for name in ("method", "density")}
         runs.add(settings | about, facts, where)
 
-    rows, models = prune_all(Bench(config, text, unit, first), decoder, add)
+    rows, models = prune_all(Bench(config, text, unit, decoder.batches), decoder, add)
     if config.save:
-        seen = text.digest if config.steps else decoder.trained_on
+        now = decoder._replace(batches=decoder.batches + config.steps)
+        now = now._replace(trained_on=text.digest) if config.steps else decoder
         for name, model in models.items():
-            path = config.out / f"prune-{MAGNITUDE}-{name}.safetensors"
-            _decoders.save(path, decoder._replace(model=model, trained_on=seen))
+            path = config.out / f"prune-{name.replace(' ', '-')}.safetensors"
+            _decoders.save(path, now._replace(model=model))
+    first_of = config.criteria[0]  # the others have as many blocks in all, and take as long
+    timed = {name: model for name, model in models.items() if name.startswith(first_of)}
     print("Timing forward passes, the models in turn ...", flush=True)
-    seconds = times(config, text, {rows[0].method: decoder.model, **models})
+    seconds = times(config, text, {rows[0].method: decoder.model, **timed})
     settings = {"timing": f"forward pass of {config.batch} x {config.length}", **about}
     runs.add(settings, {name: list(all_) for name, all_ in seconds.items()}, where)
     show(config, unit, rows, seconds, models)

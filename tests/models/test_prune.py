@@ -243,6 +243,31 @@ def test_the_share_counts_weights_and_no_padding(found):
     assert prune.share(corner, found) == pytest.approx(8 * 3 / total)
 
 
+def test_saliencies_are_what_a_loss_would_change_by():
+    """Of a loss that is linear in the weights, exactly: with each block set to zero in turn."""
+    net, rng = Net(), np.random.default_rng(0)
+    params = nnx.state(net, nnx.Param)
+    slopes = [jax.tree.map(lambda w: jnp.asarray(rng.normal(size=w.shape), w.dtype), params)] * 2
+    slopes[1] = jax.tree.map(lambda g: jnp.flip(g, 0), slopes[0])
+    scores = prune.saliencies(net, iter(slopes), BLOCK)
+    assert list(scores) == list(GRIDS)
+    for name, grid in GRIDS.items():
+        path = tuple(int(key) if key.isdigit() else key for key in name.split("."))
+        grads = [np.asarray(dict(nnx.to_flat_state(s))[*path, "kernel"][...]) for s in slopes]
+        for place, block in blocks(matrix(net, name), grid).items():
+            changes = [(blocks(g, grid)[place].astype(np.float64) * block).sum() for g in grads]
+            want = np.mean(np.square(changes))
+            assert scores[name][place] == pytest.approx(want, rel=1e-4, abs=1e-6)
+    # of what has been pruned, the blocks that are left have the same
+    found = prune.weights(net, BLOCK)
+    half = prune.pruned(net, prune.by_magnitude(found, 0.5), BLOCK)
+    ones = [jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)) for model in (net, half)]
+    full, left = (prune.saliencies(m, [g], BLOCK) for m, g in zip((net, half), ones, strict=True))
+    for name, mask in prune.by_magnitude(found, 0.5).items():
+        np.testing.assert_allclose(left[name][mask], full[name][mask], rtol=1e-4, atol=1e-9)
+        assert (left[name][~mask] == -np.inf).all()
+
+
 def test_nothing_to_prune_is_said():
     with pytest.raises(Mistake, match="the model has no linear layers to prune"):
         prune.weights(nnx.List([nnx.Embed(3, 4, rngs=nnx.Rngs(0))]), BLOCK)

@@ -99,7 +99,7 @@ def test_the_lines_say_what_was_done(story):
         assert line["settings"]["seed"] == 0
         assert line["settings"]["text"] == story.text.digest
         assert line["result"]["stored"] == (1 if name == "dense" else 0.5)
-    assert set(story.times["result"]) == {"dense", "0.5"}
+    assert set(story.times["result"]) == {"dense", "magnitude 0.5"}
     assert all(len(seconds) == 1 for seconds in story.times["result"].values())
     linear = 16 * 16 * (3 + 1 + 4 + 4)
     counts = [story.rows[name]["result"]["parameters"] for name in ("dense", "magnitude")]
@@ -108,7 +108,7 @@ def test_the_lines_say_what_was_done(story):
 
 def test_a_pruned_model_is_read_back_bitwise_and_pruned_further(story, tmp_path):
     path = story.out / "prune-magnitude-0.5.safetensors"
-    flags = [*shlex.split(SIZES), "--densities", 0.25, "--steps", 0, "--no-random"]
+    flags = [*shlex.split(SIZES), "--densities", 0.25, "--steps", 0, "--criteria", "magnitude"]
     flags += ["--model", path, "--data", story.words, "--out", tmp_path, "--scope", "global"]
     code, printed = run_main(flags)
     rows, _ = lines(tmp_path)
@@ -121,7 +121,7 @@ def test_a_pruned_model_is_read_back_bitwise_and_pruned_further(story, tmp_path)
     assert rows["magnitude"]["result"]["stored"] == 0.25
     # saved again, it is the same file
     decoder = _decoders.load(path)
-    assert decoder.trained_on == story.text.digest
+    assert (decoder.trained_on, decoder.batches) == (story.text.digest, 30)
     _decoders.save(tmp_path / "again.safetensors", decoder)
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
 
@@ -137,7 +137,7 @@ def test_the_dense_model_of_a_checkpoint_is_read(tmp_path):
     saved.save(3, runs, None)
     saved.close()
     decoder = _decoders.load(tmp_path / "checkpoint")
-    assert decoder.trained_on == "abc"
+    assert (decoder.trained_on, decoder.batches) == ("abc", 3)
     assert type(decoder.model) is Transformer
     wanted = run.model
     assert nnx.graphdef(decoder.model) == nnx.graphdef(wanted)
@@ -175,7 +175,8 @@ def test_a_gpt2_is_measured_in_nats_of_its_tokens(tmp_path):
     ids = np.random.default_rng(2).integers(0, 37, 400).astype(np.uint16)
     ids[360:].tofile(tmp_path / "held.bin")
     np.save(tmp_path / "train.npy", ids[:360])
-    flags = [*shlex.split(SIZES), "--heldout", 32, "--steps", 0, "--model", path, "--no-random"]
+    flags = [*shlex.split(SIZES), "--heldout", 32, "--steps", 0, "--model", path]
+    flags += ["--criteria", "magnitude"]
     tokens = ["--tokens", tmp_path / "train.npy", tmp_path / "held.bin"]
     code, printed = run_main([*flags, *tokens, "--out", tmp_path])
     assert code == 0
