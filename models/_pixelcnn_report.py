@@ -42,7 +42,7 @@ def report(
     pixels = math.prod(data.train.shape[1:3])
     rows = {
         name: {
-            "pairs of blocks": 2 * model.size.scales * model.size.blocks,
+            "pairs": 2 * model.size.scales * model.size.blocks,
             "stored": stored_share(model),
             "parameters": parameters(model),
             "MFLOP/image": flops(model, pixels) / 1e6,

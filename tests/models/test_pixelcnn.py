@@ -103,7 +103,7 @@ def test_it_learns_and_says_what_it_found(story):
     assert story.ended == 0
     found = lines(story.out)
     dense, sparse = found["dense"]["result"], found["block-sparse"]["result"]
-    assert sparse["pairs of blocks"] == 2 * dense["pairs of blocks"] == 4
+    assert sparse["pairs"] == 2 * dense["pairs"] == 4
     assert (dense["stored"], sparse["stored"]) == (1, 0.5)
     assert sparse["MFLOP/image"] == dense["MFLOP/image"] > 0
     assert 1 < sparse["parameters"] / dense["parameters"] < 1.1
