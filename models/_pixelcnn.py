@@ -178,12 +178,12 @@ def by_fan_in(gain: float) -> nnx.Initializer:
     return nnx.initializers.variance_scaling(gain**2, "fan_in", "normal")
 
 
-def dense(rngs: nnx.Rngs) -> Conv:
+def dense(rngs: nnx.Rngs) -> Callable[..., nnx.Conv]:
     """Convolutions that store every weight."""
 
     def conv(
         k: int, m: int, window: tuple[int, int], gain: float = 1.0, **options: Any
-    ) -> nnx.Module:
+    ) -> nnx.Conv:
         init = by_fan_in(gain)
         return nnx.Conv(
             k, m, window, padding=PADDING[window], kernel_init=init, rngs=rngs, **options

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from bsjax import plot
 from models import _report as report_
 from models._cli import fixed
 from models._pixelcnn import PixelCNN, flops, parameters, stored_share
@@ -41,7 +42,7 @@ def report(
     pixels = math.prod(data.train.shape[1:3])
     rows = {
         name: {
-            "blocks": 2 * model.size.scales * model.size.blocks,
+            "pairs": 2 * model.size.scales * model.size.blocks,
             "stored": stored_share(model),
             "parameters": parameters(model),
             "MFLOP/image": flops(model, pixels) / 1e6,
@@ -71,16 +72,15 @@ def save_curves(path: str, log: Mapping[str, Any], alone: float) -> None:
     losses = {name: one["losses"] for name, one in log.items()}
     smooth = max(1, min(map(len, losses.values())) // 25)
     title = f"Training loss (mean of {smooth} steps), and held-out images (dots)"
-    axes = report_.plot.curves(losses, title=title, y="bits per dimension", smooth=smooth)
-    colors = [line.get_color() for line in axes.get_lines() if not line.get_label().startswith("_")]
-    for color, one in zip(colors, log.values(), strict=True):
+    axes = plot.curves(losses, title=title, y="bits per dimension", smooth=smooth)
+    for color, one in zip(plot.LINES, log.values(), strict=False):
         axes.plot(*zip(*one["held"], strict=True), "o", color=color, markersize=4)
     axes.axhline(alone, color=report_.QUIET, linewidth=1, linestyle=(0, (4, 3)))
     report_.label(axes, "each place for itself", alone)
     low = min(min(min(one["losses"]), min(bits for _, bits in one["held"])) for one in log.values())
     axes.set_ylim(0.9 * low, 1.3 * alone)
-    axes.figure.savefig(path, dpi=160)
-    pyplot.close(axes.figure)
+    axes.figure.savefig(path, dpi=160)  # pyright: ignore
+    pyplot.close(axes.figure)  # pyright: ignore
 
 
 def save_samples(path: str, config: Any, data: Pixels, models: Mapping[str, PixelCNN]) -> None:

@@ -24,8 +24,9 @@ from tests.models.idx import idx, write_mnist
 
 STEPS = 5
 TINY = shlex.split(
-    f"--steps {STEPS} --batch 4 --filters 8 --block 4 --blocks 1 --mixtures 1 --rounds 1 "
-    "--samples 3 --held_images 6 --measure_every 2 --checkpoint_every 2 --learning_rate 0.02"
+    f"--steps {STEPS} --batch 4 --filters 8 --block 4 --blocks 1 --scales 1 --mixtures 1 "
+    "--rounds 1 --samples 3 --held_images 6 --measure_every 2 --checkpoint_every 2 "
+    "--learning_rate 0.02"
 )
 
 
@@ -37,10 +38,10 @@ def optax_promotes():
 
 
 def few(path, *, test):
-    """Images of 4 x 4 in four levels: a pixel is like its left neighbour."""
+    """Colored images of 4 x 4 in four levels: a pixel is like its left neighbour."""
     del path, test
     rng = np.random.default_rng(0)
-    x = rng.integers(0, 4, (40, 4, 1, 1)).repeat(4, 2).astype(np.uint8)
+    x = rng.integers(0, 4, (40, 4, 1, 3)).repeat(4, 2).astype(np.uint8)
     return pixels.Pixels(x[:30], x[30:], 4, "stripes", "abc")
 
 
@@ -102,7 +103,7 @@ def test_it_learns_and_says_what_it_found(story):
     assert story.ended == 0
     found = lines(story.out)
     dense, sparse = found["dense"]["result"], found["block-sparse"]["result"]
-    assert sparse["blocks"] == 2 * dense["blocks"] == 4
+    assert sparse["pairs"] == 2 * dense["pairs"] == 4
     assert (dense["stored"], sparse["stored"]) == (1, 0.5)
     assert sparse["MFLOP/image"] == dense["MFLOP/image"] > 0
     assert 1 < sparse["parameters"] / dense["parameters"] < 1.1
@@ -129,8 +130,8 @@ def test_all_held_out_images_count_once(story):
     run = Run.start(pixelcnn.sizes(config, data)["dense"], config.training())
     model = run.model(averaged=True)
     each = [held_out_bits(model, data.held[i : i + 1], 4) for i in range(10)]
-    eps = float(np.finfo(np.float32).eps)  # of sums of 16 pixels
-    assert held_out_bits(model, data.held, 4) == pytest.approx(np.mean(each), rel=16 * eps)
+    eps = float(np.finfo(np.float32).eps)  # of sums of 48 numbers
+    assert held_out_bits(model, data.held, 4) == pytest.approx(np.mean(each), rel=48 * eps)
 
 
 def test_going_on_with_something_else_is_refused(story, monkeypatch):
