@@ -224,6 +224,7 @@ def run(
     chosen: tuple[Any, ...],
     *,
     full: Any = None,
+    bias: Any = None,
     sinks: Any = None,
     memory: Memory | None = None,
     kv_lengths: Any = None,
@@ -232,6 +233,12 @@ def run(
 ) -> Float[Array, "*n q hd"]:
     """`bsjax.attention` with a mask of indices, masks `chosen[*h, e, br, 1]` of slots, and
     persistent memory in front of the keys."""
+    if bias is not None and not callable(bias):
+        raise TypeError(
+            f"{LAYER}: `bias` must be a function of (head, q_index, k_index), got "
+            f"{type(bias).__name__}: blocks are numbered inside the layer, so read an array in a "
+            "function, for example `lambda head, q, k: table[head, q - k]`."
+        )
     if memory is not None:
         if any(ids is not None for ids in segments.values()):
             raise ValueError(
@@ -241,6 +248,7 @@ def run(
         width = -(-memory.key.shape[0] // p.block[1]) * p.block[1]
         k, v = _memory.joined(memory, k, v, width)
         mask = _memory.behind(mask, memory.key.shape[0], width)
+        bias = None if bias is None else _memory.zero_on(bias, width)
         p, full, chosen = _memory.in_front(p, full, chosen, width // p.block[1])
         kv_lengths = None if kv_lengths is None else jnp.asarray(kv_lengths) + width
     many = (*(() if mask is None else (mask,)), *chosen)
@@ -251,6 +259,7 @@ def run(
         p,
         mask=many or None,
         full=full,
+        bias=bias,
         sinks=sinks,
         softcap=o.softcap,
         kv_lengths=kv_lengths,

@@ -10,7 +10,6 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from bsjax._attention import LAYER, Options, grid, positioned, run, seen_from
-from bsjax._memory import Memory
 from bsjax.ops._reference import accumulator
 from bsjax.ops._top_blocks import block_means, by_query, choices
 from bsjax.pattern import BlockPattern, is_concrete
@@ -59,8 +58,8 @@ def attend_cached(
     means: Any = None,
     *,
     pattern: BlockPattern | None,
-    sinks: Any = None,
-    memory: Memory | None = None,
+    bias: Any = None,
+    **params: Any,
 ) -> Float[Array, "*n t hd"]:
     """Attention of `q[..., t, h, d]`, at positions from `start` on, to caches `[..., s, g, d]`.
 
@@ -86,8 +85,13 @@ def attend_cached(
     # lists that end early read less than blocks side by side where those may be all
     listed = t > br or not counted or (o.top_blocks is not None and t > 1 and width == c)
 
+    def moved(head: Any, q: Any, k: Any) -> Any:
+        return bias(head, start + q, k)
+
+    functions = seen_from(o, start), None if bias is None else moved
+
     def out(o: Options) -> Array:
-        return (_in_rows if listed else _gathered)(o, q, k, v, start, stored, width, sinks, memory)
+        return (_in_rows if listed else _gathered)(o, q, k, v, stored, width, functions, params)
 
     # `auto` takes slots for blocks, and of such lists most slots may be spare
     if o.implementation == "auto" and listed and (not counted or o.top_blocks is not None):
@@ -99,15 +103,15 @@ def attend_cached(
 
 
 def _gathered(
-    o: Options, q: Array, k: Array, v: Array, start: Any, stored: Bool[Array, "*n t c"],
-    width: int, sinks: Any, memory: Memory | None,
+    o: Options, q: Array, k: Array, v: Array, stored: Bool[Array, "*n t c"], width: int,
+    functions: tuple[Any, Any], params: dict[str, Any],
 ) -> Array:  # fmt: skip
     """One block of queries: its key blocks side by side, which any implementation reads."""
     if stored.ndim > 3:  # which differ between batch elements
 
         @jax.vmap
         def one(q: Array, k: Array, v: Array, stored: Array) -> Array:
-            return _gathered(o, q, k, v, start, stored, width, sinks, memory)
+            return _gathered(o, q, k, v, stored, width, functions, params)
 
         return one(q, k, v, stored)
     t, bc, c = stored.shape[-2], o.block[1], stored.shape[-1]
@@ -126,26 +130,30 @@ def _gathered(
     count = o.num_heads if per_head else k.shape[-2]
     head = np.arange(count, dtype=np.int32)[None] // (count // k.shape[-2])
     k, v = (a.at[..., places, head, :].get(mode="clip") for a in (k, v))
-    seen = seen_from(o, start)
 
-    def mask(h: Any, i: Any, j: Any) -> Any:
-        own = first[h] if per_head else first
-        return seen(h, i, own[j // bc] + j % bc)
+    def placed(function: Any) -> Any:
+        def at(h: Any, i: Any, j: Any) -> Any:
+            own = first[h] if per_head else first
+            return function(h, i, own[j // bc] + j % bc)
 
+        return None if function is None else at
+
+    seen, bias = map(placed, functions)
     p = BlockPattern.from_mask(np.ones((1, width), bool), (t, bc))
     rows = () if t == 1 else (chosen.swapaxes(-1, -2)[..., None],)
-    return run(o, q, k, v, p, mask, rows, sinks=sinks, memory=memory)
+    return run(o, q, k, v, p, seen, rows, bias=bias, **params)
 
 
 def _in_rows(
-    o: Options, q: Array, k: Array, v: Array, start: Any, stored: Bool[Array, "*n t c"],
-    width: int, sinks: Any, memory: Memory | None,
+    o: Options, q: Array, k: Array, v: Array, stored: Bool[Array, "*n t c"], width: int,
+    functions: tuple[Any, Any], params: dict[str, Any],
 ) -> Array:  # fmt: skip
     """Many blocks of queries: a pattern of those that begin at `start`."""
     t, bc = stored.shape[-2], o.block[1]
     br = min(max(1, t), o.block[0])
     p, chosen = by_query(stored, (br, bc), -(-t // br) * width)
-    return run(o, q, k, v, p, seen_from(o, start), (chosen,), sinks=sinks, memory=memory)
+    seen, bias = functions
+    return run(o, q, k, v, p, seen, (chosen,), bias=bias, **params)
 
 
 class State(NamedTuple):

@@ -49,6 +49,16 @@ def behind(mask: Any, count: int, width: int) -> Any:
     return see
 
 
+def zero_on(bias: Any, width: int) -> Any:
+    """`bias` of keys that begin at `width`, none of those before."""
+
+    def add(head: Any, q: Any, k: Any) -> Any:
+        found = bias(head, q, jnp.maximum(k - width, 0))
+        return jnp.where(k < width, jnp.zeros((), found.dtype), found)
+
+    return add
+
+
 def in_front(p: BlockPattern, full: Any, chosen: Any, columns: int) -> tuple[Any, Any, Any]:
     """Block-columns that every block-row stores before those of `p`, and their slots first."""
     (r, c), lead = p.grid, p.row.shape[:-1]

@@ -78,6 +78,7 @@ class BlockAttention(nn.Module):
         q_segment_ids: Any = None,
         kv_segment_ids: Any = None,
         kv_lengths: Any = None,
+        bias: Any = None,
         input_positions: Any = None,
         deterministic: bool | None = None,
         dropout_rng: Any = None,
@@ -108,7 +109,7 @@ class BlockAttention(nn.Module):
             norm: Any = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
             q = nn.LayerNorm(name="query_ln", **norm)(q)
             k = nn.LayerNorm(name="key_ln", **norm)(k)
-        params = self._params(o, pattern)
+        params = self._params(o, pattern) | {"bias": bias}
         # `init` makes a cache as long as its inputs, and does not decode
         if self.decode and own and self._cache(o, k):
             others = (q_segment_ids, kv_segment_ids, kv_lengths)

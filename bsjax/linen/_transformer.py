@@ -54,6 +54,7 @@ class BlockTransformerLayer(nn.Module):
         kv_lengths: Any = None,
         encoded_segment_ids: Any = None,
         encoded_lengths: Any = None,
+        bias: Any = None,
         input_positions: Any = None,
         deterministic: bool | None = None,
     ) -> Float[Array, "*n q m"]:
@@ -82,6 +83,7 @@ class BlockTransformerLayer(nn.Module):
             normalize("attention_norm", x),
             q_segment_ids=q_segment_ids,
             kv_lengths=kv_lengths,
+            bias=bias,
             input_positions=input_positions,
             deterministic=deterministic,
         )

@@ -161,6 +161,7 @@ class BlockAttention(nnx.Module):
         q_segment_ids: Any = None,
         kv_segment_ids: Any = None,
         kv_lengths: Any = None,
+        bias: Any = None,
         input_positions: Any = None,
         deterministic: bool | None = None,
         rngs: Any = None,
@@ -171,7 +172,9 @@ class BlockAttention(nnx.Module):
         unless given.
 
         Segments and lengths as in `bsjax.attention`; keys as many as queries have the segments of
-        these. `input_positions` are those of rotary queries, and of keys unless these are given.
+        these. `bias(head, q_index, k_index)` is added to scores: by distance for example, from a
+        table that the model learns. `input_positions` are those of rotary queries, and of keys
+        unless these are given.
         """
         o, own = self.options, inputs_k is None
         decode = self.decode if decode is None else decode
@@ -192,6 +195,7 @@ class BlockAttention(nnx.Module):
             "pattern": None if self.pattern is None else self.pattern.get_value(),
             "sinks": None if self.sinks is None else self.sinks[...],
             "memory": None,
+            "bias": bias,
         }
         if self.persistent_key is not None and self.persistent_value is not None:
             params["memory"] = _memory.Memory(self.persistent_key[...], self.persistent_value[...])

@@ -15,11 +15,12 @@ from bsjax.ops._reference import accumulator
 
 def attention(spec: Spec, x: Operands, p: Fixed) -> Float[Array, "n q h f"]:
     """`softmax(scores) @ v`, in what sums are kept in; zeros where nothing is seen."""
-    share, dtype = tiles.sizes(spec, x)[2], accumulator(x.q)
-    q = x.q.astype(dtype)
-    k, v = (jnp.repeat(a.astype(dtype), share, axis=2) for a in (x.k, x.v))
+    (n, h, share), dtype = tiles.sizes(spec, x), accumulator(x.q)
+    q, k, v = (a.astype(dtype) for a in (x.q, x.k, x.v))
+    q = q.reshape(n, q.shape[1], h // share, share, q.shape[3])
     einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
-    s = einsum("nqhd,nshd->nhqs", q, k) * jnp.asarray(spec.scale, dtype)
+    s = einsum("nqgjd,nsgd->ngjqs", q, k).reshape(n, h, q.shape[1], k.shape[1])
+    s = s * jnp.asarray(spec.scale, dtype)
     if spec.softcap is not None:
         s = spec.softcap * jnp.tanh(s / spec.softcap)
     if x.bias is not None:
@@ -41,7 +42,8 @@ def attention(spec: Spec, x: Operands, p: Fixed) -> Float[Array, "n q h f"]:
     probs = probs / jnp.where(total > 0, total, 1)[..., None]
     if spec.dropout_rate:
         probs = probs * _dropout(spec, x, p).astype(dtype)
-    return einsum("nhqs,nshd->nqhd", probs, v)
+    probs = probs.reshape(n, h // share, share, *probs.shape[2:])
+    return einsum("ngjqs,nsgf->nqgjf", probs, v).reshape(n, q.shape[1], h, v.shape[3])
 
 
 def forward(spec: Spec, x: Operands, p: Fixed) -> tuple[Array, Array]:

@@ -48,8 +48,8 @@ def rotated(x, base, positions=None):
     return jnp.concatenate([z.real, z.imag], axis=-1).astype(x.dtype)
 
 
-def attention(layer, x, encoded=None, *, seen=None, positions=None):
-    """`seen` broadcasts to `[n, h, q, s]`."""
+def attention(layer, x, encoded=None, *, seen=None, positions=None, bias=0.0):
+    """`seen` and `bias` broadcast to `[n, h, q, s]`."""
     o, keys = layer.options, x if encoded is None else encoded
     q, k, v = (
         linear(one, inputs).reshape(*inputs.shape[:-1], -1, o.head_dim)
@@ -60,7 +60,7 @@ def attention(layer, x, encoded=None, *, seen=None, positions=None):
     n, length, s = x.shape[0], x.shape[1], keys.shape[1]
     seen = jnp.ones((1, 1, 1, 1), bool) if seen is None else jnp.asarray(seen)
     seen = jnp.broadcast_to(seen, (n, o.num_heads, length, s))
-    bias, share = jnp.zeros(seen.shape), o.num_heads // o.num_kv_heads
+    bias, share = jnp.broadcast_to(bias, seen.shape), o.num_heads // o.num_kv_heads
     k, v = (jnp.repeat(a, share, axis=2) for a in (k, v))
 
     def more(key, value, logit):

@@ -30,12 +30,12 @@ def make(**options):
     return layer
 
 
-def compare(layer, seen, *args, positions=None, **options):
-    """The result; gradients are compared for whole layers (test_layer.py)."""
+def compare(layer, seen, *args, positions=None, dense=0.0, **options):
+    """The result; gradients are compared for whole layers (test_layer.py). `dense` is the bias."""
 
     @nnx.jit
     def both(layer, *args):
-        want = oracle.attention(layer, *args, seen=seen, positions=positions)
+        want = oracle.attention(layer, *args, seen=seen, positions=positions, bias=dense)
         return layer(*args, input_positions=positions, **options), want
 
     oracle.assert_close(*both(layer, X, *args), TERMS)
@@ -60,9 +60,12 @@ def test_a_softcap():
 
 
 def test_memory_and_a_mask_for_each_head():
-    """Ten persistent keys, which blocks of eight do not divide."""
+    """Ten persistent keys, which blocks of eight do not divide, and a bias by distance."""
     layer = make(mask=PER_HEAD, persistent=10, num_kv_heads=2)
-    compare(layer, oracle.elements(PER_HEAD, HEADS, LENGTH))
+    table = normal(RNG, (HEADS, LENGTH))
+    dense = table[:, jnp.maximum(jnp.arange(LENGTH)[:, None] - jnp.arange(LENGTH)[None], 0)]
+    bias = lambda head, q, k: table[head, jnp.maximum(q - k, 0)]  # noqa: E731
+    compare(layer, oracle.elements(PER_HEAD, HEADS, LENGTH), dense=dense[None], bias=bias)
 
 
 def test_cross_attention_to_keys_of_unequal_number():
@@ -147,6 +150,13 @@ def test_errors():
         TypeError,
         "BlockAttention: `mask` is a function, which does not say what blocks it needs: take one "
         "of bsjax.masks, or give a `pattern` too.",
+    )
+    assert_raises(
+        lambda: make()(X, bias=jnp.ones((LENGTH, LENGTH))),
+        TypeError,
+        "BlockAttention: `bias` must be a function of (head, q_index, k_index), got ArrayImpl: "
+        "blocks are numbered inside the layer, so read an array in a function, for example `lambda "
+        "head, q, k: table[head, q - k]`.",
     )
     error(
         lambda: make(projection_pattern={"keys": random_mask(5, 8)}, projection_block=4),

@@ -47,20 +47,27 @@ def make(**options):
     return bsjax.nnx.BlockAttention(HEADS, WIDTH, 16, rngs=nnx.Rngs(0), **options)
 
 
-@nnx.jit
-def full(layer, x):
-    return layer(x)
+TABLE = normal(RNG, (HEADS, LENGTH))
 
 
-@nnx.jit
-def decode(layer, x):
-    return layer(x, decode=True)
+def by_distance(head, q, k):
+    return TABLE[head, jnp.maximum(q - k, 0)]
 
 
-def in_chunks(layer, x, chunks):
+@functools.partial(nnx.jit, static_argnames="bias")
+def full(layer, x, bias=None):
+    return layer(x, bias=bias)
+
+
+@functools.partial(nnx.jit, static_argnames="bias")
+def decode(layer, x, bias=None):
+    return layer(x, decode=True, bias=bias)
+
+
+def in_chunks(layer, x, chunks, bias=None):
     layer.init_cache(x.shape)
     parts = jnp.split(x, np.cumsum(chunks), axis=1)[: len(chunks)]
-    return jnp.concatenate([decode(layer, part) for part in parts], axis=1)
+    return jnp.concatenate([decode(layer, part, bias=bias) for part in parts], axis=1)
 
 
 LONG = "longformer, with memory"
@@ -68,8 +75,8 @@ LONG = "longformer, with memory"
 
 @pytest.mark.parametrize("name", [slow(name) if name == LONG else name for name in CASES])
 def test_is_the_full_pass(name):
-    layer = make(**CASES[name])
-    got, want = in_chunks(layer, X, CHUNKS), full(layer, X)
+    layer, bias = make(**CASES[name]), by_distance if name == "one mask per head" else None
+    got, want = in_chunks(layer, X, CHUNKS, bias), full(layer, X, bias=bias)
     oracle.assert_close(got, want, TERMS)
     assert int(layer.cache_index[...]) == LENGTH
 
