@@ -49,7 +49,11 @@ class Data(NamedTuple):
             if wanted > there:
                 raise Mistake(f"--{name} {wanted} is more than the {there:,} there are: take fewer")
             splits[name] = Split(*(a[: wanted or None] for a in split))
-        found = found._replace(train=splits["images"], measured=splits["measured"])
+        about = found.about
+        if config.images or config.measured:
+            counts = " and ".join(f"{len(split.y):,}" for split in splits.values())
+            about += f", of which the first {counts}"
+        found = found._replace(train=splits["images"], measured=splits["measured"], about=about)
         known = moments(found.train.x)
         # digits are drawn on black; of photographs it is the mean that says least
         fill = known.mean.round() if config.data else np.zeros_like(known.mean)

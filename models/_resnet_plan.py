@@ -65,6 +65,10 @@ class Conv(NamedTuple):
     def grid(self) -> tuple[int, int]:
         return self.k // self.block, self.m // self.block
 
+    def takes(self, density: float) -> bool:
+        """Whether that is at least a block for each block-column."""
+        return self.k // self.block * density >= 1
+
     @property
     def weights(self) -> int:
         channels = self.k * self.m if self.stored is None else self.stored * self.block**2
@@ -141,21 +145,23 @@ def deeper(size: Size, densities: tuple[float, ...], *, match: bool) -> Size:
     if not match or not double.densities:
         return double
     lowered = []
-    stages = zip(stages_of(size), stages_of(double), double.densities, strict=True)
-    for i, (dense, sparse, density) in enumerate(stages):
+    whole = zip(stages_of(size), stages_of(double._replace(densities=())), strict=True)
+    for i, (dense, deep) in enumerate(whole):
         wanted = sum(conv.weights for block in dense for conv in block.all)
-        convs = [conv for block in sparse for conv in block.all]
-        kept = sum(conv.weights for conv in convs if conv.stored is None)
-        whole = sum(c.window**2 * c.k * c.m for c in convs if c.stored is not None)
-        most = (wanted - kept) / whole if whole else 0.0
-        rows = min((c.grid[0] for c in convs if c.stored is not None), default=0)
-        if most * rows < 1:
+        every = sum(conv.weights for block in deep for conv in block.all)
+        density, before = double.densities[i], 2.0
+        while density < before:  # what is too narrow for a density stays dense, and lowers it
+            convs = [conv for block in deep for conv in block.convs if conv.takes(density)]
+            weights = sum(conv.weights for conv in convs)
+            most = 1 - (every - wanted) / weights if convs else 0
+            density, before = min(density, most), density
+        if not convs or density <= 0:
             raise Mistake(
                 f"stage {i + 1}, {size.widths[i]} channels wide, has no room for twice the depth "
                 f"with equal parameters in blocks of {size.block}: take a smaller --block, a wider "
                 "--network, or --no-match"
             )
-        lowered.append(min(density, most))
+        lowered.append(density)
     return double._replace(densities=tuple(lowered))
 
 
@@ -198,7 +204,7 @@ def _sparse(blocks: list[Residual], density: float, stage: int) -> list[Residual
     for block in blocks:
         convs = []
         for conv in block.convs:
-            if conv.k // conv.block * density < 1:
+            if not conv.takes(density):
                 convs.append(conv)
                 continue
             for name, channels in (("into", conv.k), ("out of", conv.m)):

@@ -21,9 +21,15 @@ def report(
     """Prints the table and the difference, saves the numbers and the pictures."""
     rows = {name: row(found) for name, found in results.items()}
     names = list(rows)
-    title = f"{config.network}, {config.epochs} epochs of batches of {config.batch}; {data}; "
-    title += f"percent right, averaged weights, mean of {config.seeds} seed(s)"
+    print(f"{data}.")
+    title = (
+        f"{config.network}, {config.epochs} epochs in batches of {config.batch}; percent right, "
+    )
+    title += f"averaged weights: mean of {config.seeds} seed(s), and deviation"
     shared.print_table(title, rows)
+    for name, found in results.items():
+        stored = ", ".join(f"{100 * share:.1f}%" for share in found[0]["stored"])
+        print(f"{name}: convolutions of the stages store {stored} of their weights")
     said = {}
     if len(names) == 2:
         said = compare(results, names[0], names[1])
@@ -41,17 +47,15 @@ def report(
 def row(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A line of the table."""
     right, last = ([100 * one[f"accuracy{which}"] for one in found] for which in WEIGHTS)
-    stored = ", ".join(f"{100 * density:.1f}" for density in found[0]["densities"])
     return {
         "depth": found[0]["depth"],
         "parameters": found[0]["parameters"],
-        "MFLOPs/image": found[0]["flops"] / 1e6,
-        "% stored by stage": stored,
+        "MFLOPs": found[0]["flops"] / 1e6,
         "% right": f"{np.mean(right):.2f}",
         "+-": f"{np.std(right, ddof=1):.2f}" if len(right) > 1 else None,
-        "last weights": f"{np.mean(last):.2f}",
+        "last": f"{np.mean(last):.2f}",
         "loss": float(np.mean([one["loss"] for one in found])),
-        "s of training": float(np.mean([one["seconds"] for one in found])),
+        "seconds": float(np.mean([one["seconds"] for one in found])),
     }
 
 

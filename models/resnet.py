@@ -159,7 +159,7 @@ def sizes(config: Config) -> dict[str, Size]:
         )
     if config.double_depth:
         deep = plan.deeper(base, config.density, match=config.match)
-        return {"dense": base, "twice the depth": deep}
+        return {"dense": base, "twice as deep": deep}
     kind = "block-sparse" if sparse.densities else "dense" if config.fraction == 1 else "sampled"
     return {kind: sparse}
 
@@ -262,6 +262,7 @@ def result(
         found |= {f"accuracy{which}": right, f"loss{which}": loss}
     side, channels = images.train.x.shape[-2:]
     costs = plan.costs(job.size, side=side, channels=channels, classes=CLASSES)
+    densities = job.size.densities or (1.0,) * len(job.size.blocks)
     per_epoch = len(images.train.y) // config.batch
     means = [
         sum(log["losses"][i : i + per_epoch]) / per_epoch
@@ -271,7 +272,7 @@ def result(
         **found,
         **costs._asdict(),
         "depth": plan.depth(job.size),
-        "densities": list(job.size.densities) or [1.0] * len(job.size.blocks),
+        "stored": list(densities),
         "seconds": log["seconds"],
         "training losses": means,
         "measured": log["measured"],
