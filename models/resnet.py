@@ -3,7 +3,7 @@
     python -m models.resnet --help
     python -m models.resnet --double-depth --density 0.5              # on scikit-learn's digits
     python -m models.resnet --double-depth --density 0.5 --data CIFAR --measure test --seeds 3 \
-        --dtype bfloat16 --block 32                                   # the full comparison: a GPU
+        --dtype bfloat16                                              # the full comparison: a GPU
 
 Twice as many blocks in each stage, about half of the weights in each convolution: as many
 parameters, as many operations, and all hyper-parameters as they were. Kingma 2017 says that this
