@@ -205,4 +205,5 @@ def _of_norms(change: Any, statistics: Any) -> nnx.State:
 
 
 def _normalised(moments: Moments, x: jax.Array) -> jax.Array:
-    return (x.astype(jnp.float32) - moments.mean) / moments.deviation
+    mean, deviation = (jnp.reshape(a, (1, 1, 1, -1)) for a in moments)
+    return (x.astype(jnp.float32) - mean) / deviation
