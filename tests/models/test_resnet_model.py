@@ -16,10 +16,15 @@ from tests.helpers import slow, tolerance
 from tests.models.test_resnet_plan import equations
 
 SIZES = {
-    "basic": Size("basic", (1, 1), (16, 32), densities=(0.5, 0.25), block=4),
-    "wide": Size("wide", (1, 1), (16, 32), densities=(1.0, 0.5), block=8),
+    "basic": Size("basic", (1,), (16,), densities=(0.5,), block=4),
+    "wide": Size("wide", (1,), (32,), densities=(0.5,), block=4),
+    "basic, two stages": Size("basic", (1, 1), (16, 32), densities=(0.5, 0.25), block=4),
+    "wide, two stages": Size("wide", (2, 1), (16, 32), densities=(1.0, 0.5), block=8),
     "bottleneck": Size("bottleneck", (1, 1), (8, 16), densities=(0.5, 0.5), block=4),
 }
+QUICK = ("basic", "wide")
+SPARSE = {"basic": 2, "wide": 2, "basic, two stages": 4, "wide, two stages": 2, "bottleneck": 6}
+FOLDED = {"basic": 2, "wide": 1, "basic, two stages": 4, "wide, two stages": 1, "bottleneck": 6}
 SIDE, N = 9, 3  # odd: strides round up
 X = np.random.default_rng(0).normal(size=(N, SIDE, SIDE, 2)).astype(np.float32)
 COTANGENT = np.random.default_rng(1).normal(size=(N, 10)).astype(np.float32)
@@ -64,10 +69,10 @@ def passes(model, x, cotangent):
     return logits, gradient, nnx.state(model, nnx.BatchStat)
 
 
-@pytest.fixture(scope="module", params=["basic", "wide", slow("bottleneck")])
+@pytest.fixture(scope="module", params=[name if name in QUICK else slow(name) for name in SIZES])
 def both(request):
     """A sparse network, and a dense one with its kernels and zeros in between; one pass of each."""
-    size = SIZES[request.param]
+    name, size = request.param, SIZES[request.param]
     sparse, dense = (ResNet(s, 2, 10, 0) for s in (size, size._replace(densities=())))
     randomised(sparse, 7)
     randomised(dense, 7)
@@ -85,7 +90,7 @@ def both(request):
     exact.eval()
     found = [passes(model, X, COTANGENT) for model in (sparse, dense)]
     return types.SimpleNamespace(
-        size=size, sparse=sparse, dense=dense, found=found, folded=evaluated, exact=exact
+        name=name, sparse=sparse, dense=dense, found=found, folded=evaluated, exact=exact
     )
 
 
@@ -103,7 +108,7 @@ TERMS = 9 * 64 * 8  # taps, channels, layers: more than in any network here
 
 def test_the_sparse_network_has_sparse_convolutions(both):
     sparse = [conv for conv in convs_of(both.sparse) if isinstance(conv, bsjax.nnx.BlockConv)]
-    assert len(sparse) == {"basic": 4, "wide": 2, "bottleneck": 6}[both.size.kind]
+    assert len(sparse) == SPARSE[both.name]
     assert not any(isinstance(conv, bsjax.nnx.BlockConv) for conv in convs_of(both.dense))
     assert isinstance(both.sparse.stem, nnx.Conv)
     assert isinstance(both.sparse.classifier, nnx.Linear)
@@ -147,7 +152,7 @@ def test_statistics_are_those_of_masked_kernels(both):
 
 def test_folding_changes_nothing_but_rounding(both):
     model, gone = both.folded
-    assert gone == {"basic": 4, "wide": 1, "bottleneck": 6}[both.size.kind]
+    assert gone == FOLDED[both.name]
     norms = [sum(isinstance(m, Norm) for _, m in nnx.iter_modules(x)) for x in (model, both.exact)]
     assert norms[0] == norms[1] - gone
     one, other = (np.asarray(nnx.jit(lambda m, x: m(x))(m, X)) for m in (model, both.exact))
@@ -164,7 +169,7 @@ def test_a_dense_network_has_nothing_to_fold(both):
 
 def test_shortcuts_take_every_second_pixel_and_pad_channels():
     """With convolutions that give nothing, a block of another stage is its shortcut."""
-    model = ResNet(SIZES["basic"], 2, 10, 0)
+    model = ResNet(Size("basic", (1, 1), (16, 32)), 2, 10, 0)
     block = model.blocks[1]
     for norm in block.norms:
         norm.scale[...] = jnp.zeros_like(norm.scale[...])
@@ -175,7 +180,7 @@ def test_shortcuts_take_every_second_pixel_and_pad_channels():
     np.testing.assert_array_equal(y[..., 16:], 0)
 
 
-@pytest.mark.parametrize("kind", ["basic", "wide"])
+@pytest.mark.parametrize("kind", QUICK)
 def test_bfloat16_computes_in_it_and_keeps_float32(kind):
     size = SIZES[kind]._replace(dtype="bfloat16")
     model = nnx.eval_shape(lambda: ResNet(size, 2, 10, 0))
@@ -204,7 +209,7 @@ def test_bfloat16_computes_in_it_and_keeps_float32(kind):
 
 @pytest.fixture(scope="module")
 def sampled():
-    size = Size("basic", (1, 1), (16, 32))
+    size = Size("basic", (1,), (16,))
     dense, model = ResNet(size, 2, 10, 0), ResNet(size._replace(fraction=0.5), 2, 10, 0)
     return dense, model, nnx.jit(lambda model, x: model(x))
 

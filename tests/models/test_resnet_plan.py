@@ -10,6 +10,7 @@ from flax import nnx
 from models import _resnet_plan as plan
 from models._cli import Mistake
 from models._resnet import ResNet
+from tests.helpers import slow
 
 # parameters, as published: 0.27, 0.46, 0.66, 0.85 and 1.7 million (He et al. 2016, table 6), 2.7
 # and 36.5 (Zagoruyko and Komodakis 2016, table 5), here to the last digit
@@ -61,12 +62,15 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("name", SIZES)
+LARGE = ("deeper", "bottleneck")
+
+
+@pytest.mark.parametrize("name", [slow(name) if name in LARGE else name for name in SIZES])
 def test_the_formula_counts_what_the_network_has(name):
     assert count(made(SIZES[name])) == plan.costs(SIZES[name]).parameters
 
 
-@pytest.mark.parametrize("name", ["resnet-8", "wrn-10-2", "resnet-50"])
+@pytest.mark.parametrize("name", ["resnet-8", "wrn-10-2", slow("resnet-50")])
 def test_operations_are_those_of_the_traced_network(name):
     graph, state = nnx.split(made(plan.named(name), 1))
     x = jax.ShapeDtypeStruct((1, 20, 20, 1), np.float32)
