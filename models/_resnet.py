@@ -157,6 +157,9 @@ class Builder:
     def __init__(self, size: Size, seed: int, rngs: nnx.Rngs) -> None:
         self.size, self.rngs, self.masks = size, rngs, plan.masks(size, seed)
         self.dtype = jnp.dtype(size.dtype)
+        # products of float32 are in full float32, as in bsjax
+        exact = jax.lax.Precision.HIGHEST
+        self.precision = exact if self.dtype == jnp.float32 else None
 
     def norm(self, channels: int) -> Norm:
         return Norm(channels, momentum=0.9, epsilon=1e-5, dtype=jnp.float32, rngs=self.rngs)
@@ -171,7 +174,7 @@ class Builder:
             use_bias=False,
             kernel_init=HE,
             dtype=self.dtype,
-            precision=jax.lax.Precision.HIGHEST,  # as bsjax has it for float32
+            precision=self.precision,
             rngs=self.rngs,
         )
 
