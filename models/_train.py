@@ -108,7 +108,9 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
-        self.folder, self.about = folder.absolute(), dict(about)
+        self.folder = folder.absolute()
+        # as JSON gives it back
+        self.about = {k: list(v) if isinstance(v, tuple) else v for k, v in about.items()}
         logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every step of its work
         self._manager: ocp.CheckpointManager | None = None
         self._ours = False  # what lies in the folder belongs to this run
