@@ -24,12 +24,13 @@ def compare(
     trained: Mapping[str, nnx.Module],
     contenders: Mapping[str, Mapping[str, Any]],
     layer: Callable[[float | None, nnx.Rngs], nnx.Module],
+    write: Callable[..., str] = generate,
 ) -> None:
     """Prints the table and a sample, saves the numbers and the pictures.
 
     The first model of `trained` is the sparse one. `contenders` are the same models, afresh, and
     last the dense one of the sparse one's width: what the table says of each, and as `step` a
-    function that takes a training step.
+    function that takes a training step. `write` generates text.
     """
     sparse, wide = next(iter(trained)), list(contenders)[-1]
     print("Measuring on held-out text ...", flush=True)
@@ -45,7 +46,7 @@ def compare(
     rows = {
         name: {
             **{key: fact for key, fact in facts.items() if key != "step"},
-            "stored": report.stored_share(patterns) if name == sparse else 1.0,
+            "stored": report.stored_share(patterns) if name == sparse and patterns else 1.0,
             "bits/byte": heldout.get(name, "not trained"),
             "ms/step": 1e3 * float(np.median(seconds[name])),
             f"speed ({wide} = 1)": report.ratio(seconds[wide], seconds[name]),
@@ -58,15 +59,16 @@ def compare(
     report.print_table(title, rows)
     drawn = {"count": config.sample_length, "temperature": config.temperature}
     drawn |= {"length": config.length, "seed": config.seed}
-    sample = generate(trained[sparse], config.prompt, **drawn)
+    sample = write(trained[sparse], config.prompt, **drawn)
     report.print_sample(f"What the {sparse} model writes:", sample)
 
-    print("Timing one layer at several densities ...", flush=True)
-    speed = report.layer_times(layer, jnp.zeros((window, config.width)), config.rounds)
     stem = str(config.out / recipe)
     report.save_json(f"{stem}.json", {"flags": fixed(config), "models": rows})
     report.save_curves(f"{stem}-losses.png", losses, lines, y="bits per byte")
-    report.save_patterns(f"{stem}-patterns.png", patterns, columns=4)
-    title = f"One layer, {window:,} tokens, forward and backward"
-    report.save_speed(f"{stem}-speed.png", title, speed)
+    if patterns:
+        print("Timing one layer at several densities ...", flush=True)
+        speed = report.layer_times(layer, jnp.zeros((window, config.width)), config.rounds)
+        report.save_patterns(f"{stem}-patterns.png", patterns, columns=4)
+        title = f"One layer, {window:,} tokens, forward and backward"
+        report.save_speed(f"{stem}-speed.png", title, speed)
     print(f"Pictures, numbers and the last checkpoint are in {config.out}")
