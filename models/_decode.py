@@ -12,7 +12,7 @@ from models._decoder import Transformer
 
 
 class Reader:
-    """Reads up to `length` bytes of `rows` sequences, some at a time, and draws those that follow."""
+    """Reads up to `length` bytes of `rows` sequences, some at a time, and draws what follows."""
 
     def __init__(self, model: Transformer, rows: int, length: int, temperature: float, seed: int):
         self.model, self.rows, self.length = nnx.clone(model), rows, length
@@ -34,9 +34,7 @@ class Reader:
 
 @nnx.jit
 def _next(model: Transformer, data: jax.Array, key: jax.Array, temperature: jax.Array) -> jax.Array:
-    logits = model(data, decode=True)[:, -1]
-    drawn = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6))
-    return jnp.where(temperature > 0, drawn, logits.argmax(-1))
+    return _drawn(model(data, decode=True)[:, -1], key, temperature)
 
 
 def generate(
@@ -61,8 +59,24 @@ def generate(
 
 def images(model: Any, count: int, size: int, temperature: float, seed: int) -> np.ndarray:
     """`count` images of `size` bytes each, uint8 `[count, size]`, from nothing but the model."""
-    reader = Reader(model, count, size, temperature, seed)
-    drawn = [np.zeros(count, int)]  # what stands before an image
-    for _ in range(size):
-        drawn.append(reader(drawn[-1][:, None]))
-    return np.stack(drawn[1:], axis=1).astype(np.uint8)
+    made = np.zeros((count, 1 + size), np.int32)  # what stands before an image is a zero
+    cached = model.blocks[0].attention is not None
+    reader = Reader(model, count, size, temperature, seed) if cached else None
+    for i in range(size):
+        if reader is not None:
+            made[:, i + 1] = reader(made[:, i : i + 1])
+        else:  # a causal model ignores what follows
+            key = jax.random.fold_in(jax.random.key(seed), i)
+            data, heat = jnp.asarray(made[:, :-1]), jnp.float32(temperature)
+            made[:, i + 1] = _at(model, data, jnp.int32(i), key, heat)
+    return made[:, 1:].astype(np.uint8)
+
+
+@nnx.jit
+def _at(model: Transformer, data: jax.Array, i: Any, key: Any, temperature: Any) -> jax.Array:
+    return _drawn(model(data)[:, i], key, temperature)
+
+
+def _drawn(logits: jax.Array, key: jax.Array, temperature: jax.Array) -> jax.Array:
+    drawn = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6))
+    return jnp.where(temperature > 0, drawn, logits.argmax(-1))

@@ -35,7 +35,7 @@ ROWS = ("projection", "out", "down")
 class Team:
     """The devices of a run. One device is left alone: nothing is cut and nothing is moved."""
 
-    def __init__(self, config: Any, sizes: Mapping[str, Size]) -> None:
+    def __init__(self, config: Any, sizes: Mapping[str, Any]) -> None:
         self.parts, self.mesh = config.tensor_parallel, None
         self.losses: dict[str, Loss] = dict.fromkeys(sizes, mean_bits)
         if config.data_parallel * config.tensor_parallel == 1:

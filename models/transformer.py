@@ -11,7 +11,6 @@ save.
 
 import dataclasses
 import functools
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,22 +19,26 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models import _cli as cli
+from models import _pictures as pictures
 from models import _text as texts
 from models._cli import Mistake, option
-from models._compare import compare
+from models._compare import compare, of_text
 from models._decode import generate as decoded
 from models._decoder import BYTES as BYTES
 from models._decoder import Block as Block
 from models._decoder import Size, Transformer, block_sparse, dense, parameters
 from models._decoder import rotate as rotate
 from models._language import generate
-from models._mesh import Team
+from models._mesh import Team, mesh_of
+from models._pictures import Pictures
+from models._sizes import called, full, narrower, wide
 from models._sparse_attention import PATTERNS, stored
 from models._steps import adam, train_step
 from models._train import Checkpoints, CtrlC, Progress, finite, output_folder
 
 ABOUT = "Trains a wide block-sparse language model beside a narrower dense one of equal size."
 OUT = Path(__file__).parent.parent / "out"
+type Data = texts.Text | Pictures
 # "bernoulli" computes the whole product, and nothing would be saved
 SAMPLERS = ("uniform", "with_replacement", "systematic", "priority", "top_k", "wta")
 
@@ -46,6 +49,9 @@ class Config:
 
     data: tuple[Path, ...] = option(
         (), "files or folders to learn (plain, .gz, .xz); default: the Python standard library"
+    )
+    images: str = option(
+        "", 'images to learn instead, byte by byte: "digits", or a folder of MNIST or CIFAR-10'
     )
     out: Path = option(OUT, "folder for pictures, numbers and checkpoints")  # noqa: RUF009
     resume: bool = option(False, "go on from the last checkpoint in --out")
@@ -68,7 +74,9 @@ class Config:
     attention_block: int = option(64, "side of a block of scores", least=1, same=True)
     window: int = option(128, "keys that windows and chunks show", least=1, same=True)
     sinks: int = option(4, "first keys, which all positions see", least=0, same=True)
-    stride: int = option(64, "of strided and fixed; images: a row", least=1, same=True)
+    stride: int = option(
+        0, "of strided and fixed; 0 is 64, and in images a row", least=0, same=True
+    )
     summary: int = option(8, "columns that fixed shows of each chunk", least=1, same=True)
     dilation: int = option(4, "of dilated", least=1, same=True)
     random_blocks: int = option(3, "that bigbird draws for each", least=0, same=True)
@@ -106,61 +114,6 @@ class Config:
     temperature: float = option(0.6, "of the sample; 0 takes the likeliest byte", least=0)
 
 
-# ----------------------------------------------------------------------------------- the models
-
-
-def hidden(config: Config, width: int, unit: int = 1) -> int:
-    """Hidden features of a layer, a multiple of `unit`: as many weights with a gate as without."""
-    return math.ceil(8 * width / 3 / unit) * unit if config.gated else 4 * width
-
-
-def wide(config: Config, image: Any = None) -> Size:
-    """The sparse model."""
-    width, some = config.width, config.sparse != "none"
-    return Size(
-        width,
-        hidden(config, width, 4 * config.block if some else 1),
-        block_sparse if some else dense,
-        dense if config.sparse == "mlp" else None,
-        sparse_attention=config.attention != "dense",
-        sample=config.sample,
-        image=image,
-    )
-
-
-def full(config: Config, width: int, like: Size) -> Size:
-    """A model that stores and computes everything, for the same data."""
-    return Size(width, hidden(config, width), dense, image=like.image)
-
-
-def narrower(config: Config, sparse: Size) -> Size:
-    """The dense model with as many parameters as the sparse one."""
-    wanted = parameters(config, sparse)
-    step = 2 * config.heads  # rotary positions turn pairs of features
-    size = full(config, step, sparse)
-    while size.width < sparse.width:
-        wider = full(config, size.width + step, sparse)
-        if parameters(config, wider) > wanted:
-            break
-        size = wider
-    # what the width leaves over goes into the hidden layers
-    one, more = (parameters(config, size._replace(hidden=size.hidden + i)) for i in range(2))
-    size = size._replace(hidden=max(1, size.hidden + round((wanted - one) / (more - one))))
-    if abs(parameters(config, size) / wanted - 1) > 0.02:
-        raise Mistake(
-            f"no dense model with {config.heads} heads has as few as {wanted:,} parameters: give a "
-            "larger --density or --width, or fewer --heads"
-        )
-    return size
-
-
-def called(config: Config) -> str:
-    """The name of the sparse model."""
-    words = [] if config.sparse == "none" else ["block-sparse"]
-    words += [] if config.attention == "dense" else [config.attention]
-    return ", ".join(words + ([f"sampled {config.sample:g}"] if config.sample else []))
-
-
 # --------------------------------------------------------------------------------- the training
 
 
@@ -177,15 +130,17 @@ class Run(NamedTuple):
         return cls(model, nnx.Optimizer(model, tx, wrt=nnx.Param))
 
 
-def batch(config: Config, text: texts.Text, step: int) -> jax.Array:
-    """The text of one step, [batch, length + 1]."""
+def batch(config: Config, text: Data, step: int) -> jax.Array:
+    """The text or the images of one step, [batch, length + 1]."""
     seed, size, length = config.seed, config.batch, config.length
+    if isinstance(text, Pictures):
+        return jnp.asarray(pictures.batch(text, step, seed=seed, size=size))
     return jnp.asarray(texts.batch(text.train, step, seed=seed, size=size, length=length))
 
 
 def train(
     config: Config,
-    text: texts.Text,
+    text: Data,
     runs: dict[str, Run],
     saved: Checkpoints,
     team: Team | None = None,
@@ -217,7 +172,7 @@ def train(
     return None if stop.asked else losses
 
 
-def contenders(config: Config, text: texts.Text, sizes: dict[str, Size]) -> dict[str, dict]:
+def contenders(config: Config, text: Data, sizes: dict[str, Size]) -> dict[str, dict]:
     """What to say and to time of each model, and of the dense one that is as wide."""
     whole = full(config, config.width, sizes["dense"])
     sizes = sizes if whole == sizes["dense"] else {**sizes, f"dense, {config.width} wide": whole}
@@ -228,7 +183,7 @@ def contenders(config: Config, text: texts.Text, sizes: dict[str, Size]) -> dict
         run = Run.start(config, size)
         team.spread({name: run})
         how = {"loss": team.losses[name], "accumulate": config.accumulate}
-        found = {"width": size.width, "parameters": parameters(config, size)}
+        found: dict[str, Any] = {"width": size.width, "parameters": parameters(config, size)}
         if config.attention != "dense":
             found["scores"] = stored(config, config.heads) if size.sparse_attention else 1.0
         return {**found, "step": functools.partial(train_step, *run, data, **how)}
@@ -262,34 +217,51 @@ def check(config: Config) -> None:
         raise Mistake("nothing is sparse: give --attention or --sample, or another --sparse")
 
 
+def load(config: Config) -> tuple[Config, Data]:
+    """What is learned, and the flags that follow from it."""
+    if not config.images:
+        return (
+            dataclasses.replace(config, stride=config.stride or 64),
+            texts.load(config.data, config.length + 1),
+        )
+    found = pictures.load(config.images)
+    _, columns, channels = found.shape
+    row = config.stride or columns * channels
+    return dataclasses.replace(config, stride=row, length=found.train.shape[1]), found
+
+
 def main(argv: list[str] | None = None) -> int:
     """Trains, compares and reports; the exit code."""
-    config = cli.parse(Config, argv, command="python -m models.transformer", about=ABOUT)
-    check(config)
-    output_folder(config.out)
-    text = texts.load(config.data, config.length + 1)
+    given = cli.parse(Config, argv, command="python -m models.transformer", about=ABOUT)
+    check(given)
+    output_folder(given.out)
+    if given.data_parallel * given.tensor_parallel > 1:
+        mesh_of(given.data_parallel, given.tensor_parallel)  # before JAX first runs
+    config, text = load(given)
     print(text.about)
-    sizes = {called(config): wide(config), "dense": narrower(config, wide(config))}
+    of_images = isinstance(text, Pictures)
+    sparse = wide(config, text.shape if of_images else None)
+    sizes = {called(config): sparse, "dense": narrower(config, sparse)}
     team = Team(config, sizes)
     runs = {name: Run.start(config, size) for name, size in sizes.items()}
     about = {**cli.fixed(config), "a text with the hash": text.digest}
     saved = Checkpoints(config.out / "transformer-checkpoint", about)
     losses = train(config, text, runs, saved, team)
     if losses is None:
-        again = cli.shell_command("models.transformer", dataclasses.replace(config, resume=True))
+        again = cli.shell_command("models.transformer", dataclasses.replace(given, resume=True))
         print(f"Stopped. The checkpoint is in {saved.folder}; go on with\n  {again}")
         return cli.INTERRUPTED
     for run in runs.values():
         run.model.eval()  # what is sampled in training is measured exactly
+    write = generate if config.attention == "dense" else decoded
     compare(
         "transformer",
         config,
-        text,
+        pictures.material(config, text) if of_images else of_text(config, text, write),
         losses,
         trained={name: run.model for name, run in runs.items()},
         contenders=contenders(config, text, sizes),
         layer=functools.partial(layer, config),
-        write=generate if config.attention == "dense" else decoded,
     )
     return 0
 
