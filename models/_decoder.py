@@ -147,11 +147,10 @@ class Transformer(nnx.Module):
         at = start + jnp.arange(length, dtype=jnp.int32)
         places = (at // (columns * channels), at // channels % columns, at % channels)
         of_byte, *of_place = self.embeddings
-        # a last byte is read where one more than an image is asked for: it has no place
-        return of_byte(data) + sum(
-            embed(jnp.minimum(p, embed.num_embeddings - 1))
-            for embed, p in zip(of_place, places, strict=True)
-        )
+        x = of_byte(data)
+        for embed, place in zip(of_place, places, strict=True):
+            x = x + embed(place)[None]
+        return x
 
     def init_cache(self, count: int, length: int) -> None:
         """Room to decode `count` sequences of up to `length` bytes, with `decode=True`."""

@@ -20,7 +20,7 @@ def wide(config: Any, image: Any = None) -> Size:
     width, some = config.width, config.sparse != "none"
     return Size(
         width,
-        hidden(config, width, 4 * config.block if some else 1),
+        hidden(config, width, 4 * config.block if some else config.sample_block),
         block_sparse if some else dense,
         dense if config.sparse == "mlp" else None,
         sparse_attention=config.attention != "dense",

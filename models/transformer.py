@@ -213,6 +213,8 @@ def check(config: Config) -> None:
         raise Mistake(
             "--sample is of dense layers, and all are block-sparse: add --sparse mlp, or none"
         )
+    if config.sample:
+        cli.check_multiple("width", config.width, "--sample_block", config.sample_block)
     if not called(config):
         raise Mistake("nothing is sparse: give --attention or --sample, or another --sparse")
 

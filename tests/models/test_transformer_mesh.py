@@ -154,6 +154,25 @@ def test_loss_and_gradients_are_those_of_one_device(line, name, data, model):
 
 
 @pytest.mark.slow
+def test_accumulated_gradients_over_a_mesh_are_those_of_one_device():
+    """The first step has the rate zero: the moments say what the gradient was."""
+
+    def stepped(data, model, accumulate):
+        c = flags(SPARSE, data, model)
+        team, runs = started(c)
+        team.spread(runs)
+        how = {"loss": team.losses["sparse"], "accumulate": accumulate}
+        loss = transformer.train_step(*runs["sparse"], team.data(windows()), **how)
+        team.gather(runs)
+        return float(loss), jax.tree.leaves(nnx.state(runs["sparse"].optimizer))
+
+    (want, of_one), (got, of_many) = stepped(1, 1, 1), stepped(2, 2, 2)
+    assert got == pytest.approx(want, rel=1e-6)
+    for a, b in zip(of_many, of_one, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.slow
 def test_a_sampled_model_is_cut_too_and_draws_anew_in_every_step():
     """Each device samples its own features: no equality, but it learns."""
     c = flags(f"{SAMPLED} --sample 0.9", 1, 2)

@@ -275,6 +275,7 @@ def test_bfloat16_is_computed_in_and_float32_is_kept(line):
 MISTAKES = {
     "--sample 0.5": "--sample is of dense layers, and all are block-sparse: add --sparse mlp",
     "--sparse none": "nothing is sparse: give --attention or --sample, or another --sparse",
+    "--sparse none --sample 0.5 --sample_block 3": r"--width 32 is no multiple of --sample_block",
     "--batch 3 --accumulate 2": r"--batch 3 is no multiple of --accumulate \(2\): try 2 or 4",
 }
 
