@@ -51,6 +51,12 @@ def load(folder: Path | None, *, test: bool) -> Images:
     return Images(train, held, about, digest)
 
 
+def sizes(folder: Path) -> tuple[int, int]:
+    """The rows and columns of the images in IDX files, which `load` makes vectors of."""
+    _, rows, columns = _read(_find(folder, PARTS[0])).shape
+    return rows, columns
+
+
 def _bundled() -> tuple[Split, Split]:
     try:
         from sklearn.datasets import load_digits

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -182,6 +183,26 @@ def save_lines(
         for at, values in line:
             axes.plot([at] * len(values), values, ".", color=drawn.get_color(), markersize=5)
     save_figure(path, axes.figure)
+
+
+def save_images(
+    path: Path | str, sets: Mapping[str, np.ndarray], shape: tuple[int, int, int], white: int
+) -> None:
+    """Squares of images side by side, with their names; a set is `[n, rows * columns * channels]`
+    for a square number n, and `shape` has the three."""
+    figure, axes_of = pyplot.subplots(1, len(sets), figsize=(4 * len(sets), 4.3), squeeze=False)
+    for axes, (name, some) in zip(axes_of[0], sets.items(), strict=True):
+        side, (rows, columns, channels) = math.isqrt(len(some)), shape
+        sheet = some.reshape(side, side, rows, columns, channels)
+        # a line between images
+        sheet = np.pad(sheet, ((0, 0), (0, 0), (0, 1), (0, 1), (0, 0))).swapaxes(1, 2)
+        sheet = sheet.reshape(side * (rows + 1), side * (columns + 1), channels)
+        sheet = np.minimum(sheet / white, 1)
+        axes.imshow(sheet.squeeze(-1) if channels == 1 else sheet, cmap="gray", vmin=0, vmax=1)
+        axes.set_title(name)
+        axes.axis("off")
+    figure.tight_layout()
+    _save(path, figure)
 
 
 def _cell(value: Any) -> str:

@@ -153,6 +153,6 @@ def test_a_resumed_run_has_the_same_losses_bit_by_bit(straight, tmp_path, text, 
 
 
 def test_a_model_that_diverges_ends_the_run(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(transformer, "train_step", lambda *_: jnp.float32(jnp.nan))
+    monkeypatch.setattr(transformer, "train_step", lambda *_, **__: jnp.float32(jnp.nan))
     with pytest.raises(Mistake, match=r"^the block-sparse model diverged.*: lower --learning_rate"):
         transformer.train(config(), text, runs_of(config()), Checkpoints(tmp_path, {}))
