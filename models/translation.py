@@ -1,0 +1,334 @@
+"""An encoder-decoder Transformer learns to translate: dense, block-sparse or sampled.
+
+    python -m models.translation --help
+    python -m models.translation                                # numbers in words, two minutes
+    python -m models.translation --train a.de a.en --valid b.de b.en --test c.de c.en
+    python -m models.translation --compare                      # at equal parameters and FLOPs
+
+After Vaswani et al. 2017, "Attention Is All You Need". Every model is a line of
+`translation.jsonl` as soon as it is done; `--resume` goes on where a run was stopped.
+"""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from models import _cli as cli
+from models import _parallel_text as texts
+from models import _translation as models
+from models._cli import Mistake, option
+from models._parallel_text import Batches, Corpus
+from models._runs import Runs, whereabouts
+from models._train import Checkpoints, CtrlC, Progress, finite, output_folder
+from models._translation import Size
+from models._translation_report import bleu, report
+from models._translation_train import Run, Training, heldout_loss, translations
+
+ABOUT = "Trains encoder-decoder Transformers to translate: dense, block-sparse or sampled."
+OUT = Path(__file__).parent.parent / "out"
+DENSE = "dense"
+KINDS = (DENSE, "block-sparse", "sampled")
+BINS = 200  # numbers that the losses of a run are kept as
+EXAMPLES = 8
+TRANSLATED = 2048  # tokens of sources translated side by side, beams counted
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What the runs depend on. Every field is a flag."""
+
+    train: tuple[Path, ...] = option(
+        (), "source and target to learn, line by line (plain, .gz, .xz); default: numbers in words"
+    )
+    valid: tuple[Path, ...] = option((), "source and target to choose by")
+    test: tuple[Path, ...] = option((), "source and target to report")
+    out: Path = option(OUT, "folder for results, pictures and checkpoints")  # noqa: RUF009
+    resume: bool = option(False, "go on from the results and checkpoints in --out")
+    compare: bool = option(False, "dense, block-sparse and sampled, at equal parameters and FLOPs")
+    kinds: tuple[str, ...] = option(KINDS, "of models to --compare")
+    tokens: str = option(
+        "sentencepiece", "pieces of words, or bytes", choices=("sentencepiece", "bytes")
+    )
+    pieces: str = option("unigram", "which model of pieces", choices=("unigram", "bpe"))
+    vocabulary: int = option(4000, "pieces at most, of both languages", least=300)
+    longest: int = option(64, "tokens of a sentence to train on; longer ones are out", least=4)
+    width: int = option(128, "features of the dense model", least=8)
+    hidden: int = option(512, "features of its hidden layers", least=8)
+    layers: int = option(2, "of the encoder, and of the decoder", least=1)
+    heads: int = option(4, "of attention", least=1)
+    gated: bool = option(False, "gated hidden layers (GLU)")
+    activation: str = option("relu", "of hidden layers", choices=("relu", "gelu", "silu"))
+    positions: str = option("rotary", "of tokens", choices=("rotary", "learned"))
+    density: float = option(1.0, "stored share of the blocks of linear layers", above=0, most=1)
+    block: int = option(16, "side of a block of weights", least=1)
+    fraction: float = option(1.0, "sampled share of products of linear layers", above=0, most=1)
+    sample_block: int = option(1, "neighbours that are sampled together", least=1)
+    policy: str = option("forward", "what is sampled", choices=("forward", "backward", "weight"))
+    attention: str = option(
+        "full", "what a token sees of its sentence", choices=("full", "window", "longformer")
+    )
+    window: int = option(16, "tokens to each side that sparse attention sees", least=1)
+    attention_block: int = option(16, "queries and keys of a block of attention", least=1)
+    dropout: float = option(0.1, "of what each part of a layer adds", least=0, most=0.9)
+    dtype: str = option(
+        "float32", "to compute in; parameters are float32", choices=("float32", "bfloat16")
+    )
+    remat: bool = option(False, "compute again in the backward pass, to save memory")
+    steps: int = option(700, "of training", least=1)
+    batch_tokens: int = option(1024, "of the longer side of a batch, padding included", least=8)
+    buckets: int = option(3, "shapes of batches", least=1)
+    accumulate: int = option(1, "parts of a batch that are computed one after another", least=1)
+    learning_rates: tuple[float, ...] = option(
+        (3e-3,), "highest values; the one with the lowest validation loss is kept", above=0
+    )
+    schedule: str = option("cosine", "how the rate falls", choices=("cosine", "inverse_sqrt"))
+    warmup: float = option(0.1, "share of the steps in which it rises", least=0, most=1)
+    smoothing: float = option(0.1, "of labels", least=0, most=0.9)
+    clip: float = option(1.0, "the largest norm of a gradient", above=0)
+    average: float = option(0.998, "decay of averaged parameters; less at first", least=0, most=1)
+    seeds: int = option(1, "runs of each model at its learning rate", least=1)
+    seed: int = option(0, "the first one, of weights, patterns and batches", least=0, most=2**30)
+    beam: int = option(4, "sequences that beam search keeps; beside it greedy search", least=1)
+    alpha: float = option(0.6, "exponent of the length penalty", least=0)
+    measure_every: int = option(200, "steps between validation losses", least=1)
+    checkpoint_every: int = option(200, "steps between checkpoints", least=1)
+
+    def size(self, vocabulary: int) -> Size:
+        """Of the model that the flags describe."""
+        own = {name: getattr(self, name) for name in Size._fields if hasattr(self, name)}
+        return Size(**own | {"vocabulary": vocabulary, "longest": 2 * self.longest + 10})
+
+    def training(self, rate: float) -> Training:
+        own = {name: getattr(self, name) for name in Training._fields if hasattr(self, name)}
+        return Training(**own | {"learning_rate": rate})
+
+
+def check(config: Config) -> None:
+    """Raises `Mistake` for flags that do not fit each other."""
+    unit = config.heads * (2 if config.positions == "rotary" else 1)
+    cli.check_multiple("width", config.width, "twice --heads" if unit > config.heads else "--heads",
+                       unit)  # fmt: skip
+    sparse, sampled = config.density < 1, config.fraction < 1
+    if sparse and sampled and not config.compare:
+        raise Mistake(
+            "--density and --fraction are both below 1, but layers that store some blocks are not "
+            "sampled: give one of them"
+        )
+    if sparse:
+        for name in ("width", "hidden"):
+            cli.check_multiple(name, getattr(config, name), "--block", config.block)
+    if sampled:
+        for name in ("width", "hidden"):
+            cli.check_multiple(name, getattr(config, name), "--sample_block", config.sample_block)
+    if unknown := sorted(set(config.kinds) - set(KINDS)):
+        raise Mistake(f"--kinds {' '.join(unknown)}: choose from {', '.join(KINDS)}")
+    if config.compare and not ((sparse or "block-sparse" not in config.kinds)
+                               and (sampled or "sampled" not in config.kinds)):  # fmt: skip
+        raise Mistake(
+            "--compare takes the stored share of block-sparse models from --density and the "
+            "sampled share from --fraction: give both below 1, for example 0.5 and 0.75"
+        )
+
+
+class Data(NamedTuple):
+    """The text of a run in tokens."""
+
+    corpus: Corpus
+    tokens: texts.Tokens
+    train: Batches
+    valid: Batches
+    test: Batches
+    about: dict[str, Any]  # what else results depend on
+
+
+def data(config: Config) -> Data:
+    corpus = texts.load(config.train, config.valid, config.test)
+    kind = config.pieces if config.tokens == "sentencepiece" else "bytes"
+    path = config.out / "translation-tokens.model"
+    tokens = texts.tokens(kind, config.vocabulary, corpus.train, path, resume=config.resume)
+    source, target, out = texts.encoded(corpus.train, tokens, config.longest)
+    shape = {"size": config.batch_tokens, "buckets": config.buckets}
+    train = Batches(source, target, multiple=config.accumulate, seed=config.seed, **shape)
+    held = [Batches(*texts.encoded(part, tokens)[:2], size=TRANSLATED // config.beam, buckets=2, seed=None)
+            for part in (corpus.valid, corpus.test)]  # fmt: skip
+    print(corpus.about)
+    print(f"{len(target) + out:,} pairs, {out:,} of them with a side longer than {config.longest} "
+          f"tokens or empty, which are left out; {len(train):,} batches in an epoch, "
+          f"{config.steps / len(train):.1f} epochs")  # fmt: skip
+    about = {"longest": config.longest, "beam": config.beam, "alpha": config.alpha, **shape}
+    about |= {"tokens": tokens.digest}
+    about |= {name: getattr(corpus, name).digest for name in ("train", "valid", "test")}
+    return Data(corpus, tokens, train, *held, about)
+
+
+def contenders(config: Config, data: Data) -> dict[str, Size]:
+    """What is trained, by name."""
+    size = config.size(data.tokens.size)
+    if not config.compare:
+        return {models.kind(size): size}
+    dense, shapes = size._replace(density=1.0, fraction=1.0), data.train.shape_counts()
+    others = {
+        "block-sparse": size._replace(fraction=1.0),
+        "sampled": size._replace(density=1.0),
+    }
+    found = {DENSE: dense} if DENSE in config.kinds else {}
+    costs = {"parameters": models.parameters, "FLOPs": lambda size: models.flops(size, shapes)}
+    for kind, other in others.items():
+        for what, cost in costs.items():
+            if kind in config.kinds:
+                found[f"{kind}, equal {what}"] = models.matched(other, cost, cost(dense))
+    return found
+
+
+class Task(NamedTuple):
+    """A run."""
+
+    name: str
+    size: Size
+    learning_rate: float
+    seed: int
+
+
+class Stopped(Exception):
+    """Ctrl-C."""
+
+
+class Bench:
+    """Trains what is asked for, unless it is known already."""
+
+    def __init__(self, config: Config, data: Data, runs: Runs, where: Mapping[str, Any]) -> None:
+        self.config, self.data, self.runs, self.where = config, data, runs, where
+
+    def settings(self, task: Task) -> dict[str, Any]:
+        training = self.config.training(task.learning_rate)._asdict()
+        own = {"size": task.size._asdict(), "training": training, "seed": task.seed}
+        return own | self.data.about
+
+    def result(self, task: Task, stop: CtrlC) -> dict[str, Any]:
+        """Of a run, trained now if need be. Raises `Stopped` after Ctrl-C."""
+        settings = self.settings(task)
+        if (found := self.runs.get(settings)) is None:
+            found = self._trained(task, settings, stop)
+            self.runs.add(settings, found, dict(self.where))
+        else:
+            print(f"{task.name}, seed {task.seed}: in {self.runs.path} already")
+        return found
+
+    def _trained(self, task: Task, settings: dict[str, Any], stop: CtrlC) -> dict[str, Any]:
+        config, train = self.config, self.data.train
+        run = Run.start(task.size, config.training(task.learning_rate), task.seed)
+        train.reseed(task.seed)
+        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+        saved = Checkpoints(
+            config.out / f"translation-checkpoint-{models.kind(task.size)}-{key}", settings
+        )
+        first, log = 0, {"losses": [], "valid": [], "seconds": 0.0, "processor seconds": 0.0}
+        if config.resume and saved.step() is not None:
+            first, tree, log = saved.restore(run.tree())
+            run.update(tree)
+            print(f"{task.name}: going on from step {first}.")
+        tokens = int(sum(map(len, train.target)) / len(train))
+        clocks = time.perf_counter(), time.process_time()
+        spent = log["seconds"], log["processor seconds"]
+        with Progress(config.steps, start=first, tokens=tokens) as progress:
+            for step in range(first, config.steps):
+                log["losses"].append(finite(task.name, run.step(train.batch(step))))
+                done = step + 1
+                if done % config.measure_every == 0 or done == config.steps:
+                    log["valid"].append([done, heldout_loss(run.averaged(), self.data.valid)])
+                heldout = f", valid {log['valid'][-1][1]:.3f}" if log["valid"] else ""
+                progress.update(done, f"{task.name} {log['losses'][-1]:.2f}{heldout} nats")
+                log["seconds"] = spent[0] + time.perf_counter() - clocks[0]
+                log["processor seconds"] = spent[1] + time.process_time() - clocks[1]
+                if stop.asked or done % config.checkpoint_every == 0 or done == config.steps:
+                    saved.save(done, run.tree(), log)
+                if stop.asked:
+                    saved.close()
+                    raise Stopped
+        saved.close()
+        return self._measured(task, run, log)
+
+    def _measured(self, task: Task, run: Run, log: dict[str, Any]) -> dict[str, Any]:
+        config, data = self.config, self.data
+        model, references = run.averaged(), data.corpus.test.target
+        steps = range(config.steps)
+        shapes: dict[tuple[int, int, int], int] = {}
+        for step in steps:
+            bucket, _ = data.train.plan(step // len(data.train))[step % len(data.train)]
+            shape = data.train.shapes[bucket]
+            shapes[shape] = shapes.get(shape, 0) + 1
+        bins = np.array_split(np.asarray(log["losses"]), min(BINS, len(log["losses"])))
+        found: dict[str, Any] = {
+            "name": task.name,
+            "parameters": models.parameters(task.size),
+            "FLOPs": models.flops(task.size, shapes),
+            "valid": log["valid"][-1][1],
+            "test": heldout_loss(model, data.test),
+            "valid curve": log["valid"],
+            "loss curve": [[int(end), float(one.mean())] for end, one in
+                           zip(np.cumsum([len(one) for one in bins]), bins, strict=True)],
+            "seconds": log["seconds"],
+            "processor seconds": log["processor seconds"],
+        }  # fmt: skip
+        for how, beam in (("greedy", 0), ("beam", config.beam)):
+            rows = translations(
+                lambda *batch, beam=beam: models.translate(
+                    model, *batch, beam=beam, alpha=config.alpha
+                ),
+                data.test,
+            )
+            written = [data.tokens.decode(row) for row in rows]
+            found[f"BLEU {how}"], found["signature"] = bleu(written, references)
+            found["examples"] = written[:EXAMPLES]
+        path = config.out / f"translation-{models.kind(task.size)}.txt"
+        path.write_text("".join(f"{line}\n" for line in written), "utf-8")
+        print(f"{task.name}: BLEU {found['BLEU beam']:.2f}, translations in {path}")
+        return found
+
+
+def experiment(bench: Bench, stop: CtrlC) -> dict[str, list[dict[str, Any]]]:
+    """The results of all seeds of each model, at the learning rate that is best for it."""
+    config, found = bench.config, {}
+    for name, size in contenders(config, bench.data).items():
+        scores = {
+            rate: bench.result(Task(name, size, rate, config.seed), stop)["valid"]
+            for rate in config.learning_rates
+        }
+        rate = min(scores, key=scores.__getitem__)
+        tasks = [Task(name, size, rate, config.seed + i) for i in range(config.seeds)]
+        found[name] = [
+            {**bench.result(task, stop), "width": size.width, "hidden": size.hidden, "rate": rate}
+            for task in tasks
+        ]
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Trains, translates, compares and reports; the exit code."""
+    config = cli.parse(Config, argv, command="python -m models.translation", about=ABOUT)
+    check(config)
+    output_folder(config.out)
+    text = data(config)
+    runs = Runs(config.out / "translation.jsonl", resume=config.resume)
+    where = whereabouts(cli.shell_command("models.translation", config))
+    where |= {name: version(name) for name in ("flax", "sacrebleu", "sentencepiece")}
+    try:
+        with CtrlC() as stop:
+            found = experiment(Bench(config, text, runs, where), stop)
+    except Stopped:
+        again = cli.shell_command("models.translation", dataclasses.replace(config, resume=True))
+        print(f"Stopped. Results and checkpoints are in {config.out}; go on with\n  {again}")
+        return cli.INTERRUPTED
+    report(config, text.corpus, found, where)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run_main(main)
