@@ -110,8 +110,8 @@ def numbers(count: int = 20_000, heldout: int = 500, seed: int = 0) -> Corpus:
     # of every number of digits about as many as there are, but no more than asked for
     draw = np.unique((10 ** rng.uniform(0, 6, 2 * count)).astype(int))
     chosen = rng.permutation(draw)[: count + 2 * heldout].tolist()
-    pairs = [Pairs(*map(list, zip(*((str(n), in_words(n)) for n in part), strict=True)))
-             for part in (chosen[2 * heldout :], chosen[:heldout], chosen[heldout : 2 * heldout])]  # fmt: skip
+    cuts = chosen[2 * heldout :], chosen[:heldout], chosen[heldout : 2 * heldout]
+    pairs = [Pairs([str(n) for n in part], [in_words(n) for n in part]) for part in cuts]
     about = f"numbers and their names: {len(pairs[0].source):,} pairs to train on"
     return Corpus(*pairs, about=about)
 
@@ -202,8 +202,9 @@ class Batch(NamedTuple):
 class Batches:
     """All pairs once in each epoch, in batches of one of a few shapes.
 
-    A pair's bucket depends on the longer of its sides; `edges` puts buckets apart. A batch has about `size` tokens on its longer side, padding included, and a number of rows that
-    `multiple` divides. What is in a batch follows from the seed and the step alone.
+    A pair's bucket depends on the longer of its sides; `edges` puts buckets apart. A batch has
+    about `size` tokens on its longer side, padding included, and a number of rows that `multiple`
+    divides. What is in a batch follows from the seed and the step alone.
     """
 
     source: Sequence[Sequence[int]]

@@ -294,7 +294,7 @@ def matched(size: Size, cost: Callable[[Size], int], wanted: int) -> Size:
     """`size` with the width at which `cost` is nearest below what is wanted, and hidden layers that
     make up for the rest. Raises `Mistake` if it stays 2% away."""
     unit = math.lcm(2 * size.heads, size.block if size.sparse else 1, size.sample_block)
-    step = math.lcm(size.block if size.sparse else 1, size.sample_block)
+    step = math.lcm(size.block if size.sparse else 8, size.sample_block)
     share = size.hidden / size.width
 
     def of(width: int) -> Size:
@@ -304,17 +304,21 @@ def matched(size: Size, cost: Callable[[Size], int], wanted: int) -> Size:
     while cost(of(width + unit)) <= wanted:
         width += unit
     best = of(width)
-    slope = (cost(best._replace(hidden=best.hidden + 8 * step)) - cost(best)) / 8
-    more = round((wanted - cost(best)) / slope)
-    candidates = [best.hidden + step * (more + i) for i in (-1, 0, 1)]
-    sizes = [best._replace(hidden=hidden) for hidden in candidates if hidden > 0]
-    found = min(sizes, key=lambda one: abs(cost(one) - wanted))
-    if abs(cost(found) / wanted - 1) > 0.02:
+    more = best._replace(hidden=best.hidden + 8 * step)
+    steps = round(8 * (wanted - cost(best)) / (cost(more) - cost(best)))
+    hidden = max(step, best.hidden + step * steps)
+    found = best._replace(hidden=hidden)
+    if not near(cost(found), wanted):
         raise Mistake(
             f"no {kind(size)} model with {size.heads} heads costs the same as the dense one within "
             "2%: take a larger --width, a smaller --block or fewer --heads"
         )
     return found
+
+
+def near(cost: int, wanted: int) -> bool:
+    """Equal within 2%."""
+    return abs(cost / wanted - 1) <= 0.02
 
 
 def kind(size: Size) -> str:

@@ -156,8 +156,10 @@ def data(config: Config) -> Data:
     source, target, out = texts.encoded(corpus.train, tokens, config.longest)
     shape = {"size": config.batch_tokens, "buckets": config.buckets}
     train = Batches(source, target, multiple=config.accumulate, seed=config.seed, **shape)
-    held = [Batches(*texts.encoded(part, tokens)[:2], size=TRANSLATED // config.beam, buckets=2, seed=None)
-            for part in (corpus.valid, corpus.test)]  # fmt: skip
+    held = [
+        Batches(*texts.encoded(part, tokens)[:2], TRANSLATED // config.beam, buckets=2, seed=None)
+        for part in (corpus.valid, corpus.test)
+    ]
     print(corpus.about)
     print(f"{len(target) + out:,} pairs, {out:,} of them with a side longer than {config.longest} "
           f"tokens or empty, which are left out; {len(train):,} batches in an epoch, "
@@ -181,9 +183,14 @@ def contenders(config: Config, data: Data) -> dict[str, Size]:
     found = {DENSE: dense} if DENSE in config.kinds else {}
     costs = {"parameters": models.parameters, "FLOPs": lambda size: models.flops(size, shapes)}
     for kind, other in others.items():
-        for what, cost in costs.items():
-            if kind in config.kinds:
-                found[f"{kind}, equal {what}"] = models.matched(other, cost, cost(dense))
+        if kind not in config.kinds:
+            continue
+        sizes = [models.matched(other, cost, cost(dense)) for cost in costs.values()]
+        for one in sizes:
+            equal = [name for name, cost in costs.items() if models.near(cost(one), cost(dense))]
+            found[f"{kind}, equal {' and '.join(equal)}"] = one
+            if len(equal) == len(costs):  # what is stored is what is computed
+                break
     return found
 
 

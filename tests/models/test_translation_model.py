@@ -1,0 +1,353 @@
+"""The model: what sees what, the cache, its searches, sizes at equal cost, and a training step."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from models import _beam as beams
+from models import _translation as models
+from models import _translation_train as training
+from models._cli import Mistake
+from models._parallel_text import BOS, EOS, PAD, Batch
+from models._translation import Size, Translator
+from models._translation_train import Run, Training
+from tests.helpers import tolerance
+from tests.models.translation_runs import (
+    SIZE,
+    beam_by_hand,
+    optax_promotes,  # noqa: F401 - a fixture of the module
+    unpadded,
+)
+
+# sums of products between a token and a logit, one after another
+TERMS = SIZE.layers * 2 * (4 * SIZE.width + 2 * SIZE.hidden) + SIZE.width
+VARIANTS = {
+    "rotary": SIZE,
+    "learned, gated, window": SIZE._replace(
+        positions="learned", gated=True, attention="window", window=2
+    ),
+}
+LENGTHS = np.array([5, 3, 8], np.int32)
+
+
+def ready(size, seed=0):
+    model = Translator(size, seed)
+    model.eval()
+    return model
+
+
+@functools.cache
+def model(name):
+    return ready(VARIANTS[name])
+
+
+def tokens(*shape, seed=0):
+    return np.random.default_rng(seed).integers(EOS + 1, SIZE.vocabulary, shape).astype(np.int32)
+
+
+def sources(width=8):
+    source = tokens(3, 8)
+    source[np.arange(8) >= LENGTHS[:, None]] = PAD
+    return np.pad(source, ((0, 0), (0, width - 8)))
+
+
+forward = nnx.jit(lambda model, *args: model(*args))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_decoding_with_a_cache_is_decoding_without(name):
+    one, target = model(name), tokens(3, 6, seed=1)
+    whole = forward(one, sources(), LENGTHS, target)
+
+    @nnx.jit
+    def token_by_token(one):
+        encoded = one.encode(sources(), LENGTHS)
+        one = nnx.clone(one)
+        one.init_cache(3, 6)
+        steps = [one.decode(target[:, i : i + 1], encoded, LENGTHS, at=i) for i in range(6)]
+        return jnp.concatenate(steps, axis=1)
+
+    np.testing.assert_allclose(
+        token_by_token(one), whole, **tolerance(jnp.float32, TERMS) | {"rtol": 1e-5}
+    )
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_padding_changes_nothing(name):
+    """Behind sources and targets, and what lies in it: bitwise where the sizes are the same."""
+    one, target = model(name), tokens(3, 6, seed=1)
+    rows = forward(one, sources(), LENGTHS, target)
+    dirt = np.where(np.arange(8) < LENGTHS[:, None], sources(), 7).astype(np.int32)
+    np.testing.assert_array_equal(forward(one, dirt, LENGTHS, target), rows)
+    wide = forward(one, sources(12), LENGTHS, np.pad(target, ((0, 0), (0, 4))))
+    np.testing.assert_allclose(wide[:, :6], rows, **tolerance(jnp.float32, TERMS) | {"rtol": 1e-5})
+    # and a sentence does not see the others of its batch
+    alone = forward(one, sources()[1:2], LENGTHS[1:2], target[1:2])
+    np.testing.assert_allclose(alone[0], rows[1], **tolerance(jnp.float32, TERMS) | {"rtol": 1e-5})
+
+
+def test_a_token_sees_nothing_behind_it_and_everything_of_the_source():
+    one, target = model("rotary"), tokens(3, 6, seed=1)
+    rows = forward(one, sources(), LENGTHS, target)
+    other = target.copy()
+    other[:, 3] = (other[:, 3] - 2) % 9 + 3
+    changed = forward(one, sources(), LENGTHS, other)
+    np.testing.assert_array_equal(changed[:, :3], rows[:, :3])
+    assert (np.abs(changed - rows).max((0, 2))[3:] > 1e-4).all()
+    source = sources()
+    source[0, 4] = (source[0, 4] - 2) % 9 + 3
+    changed = np.abs(forward(one, source, LENGTHS, target) - rows).max(-1)
+    assert (changed[0] > 1e-5).all()
+    assert (changed[1:] == 0).all()
+
+
+@pytest.mark.parametrize("beam", [0, 2])
+def test_searching_with_a_cache_is_searching_over_whole_prefixes(beam):
+    one = model("rotary")
+    found = models.translate(one, sources(), LENGTHS, beam=beam, alpha=0.6)
+    longest = int(models.limits(LENGTHS).max())
+
+    @nnx.jit
+    def after(one, source, lengths, prefix, at):
+        return beams.log_p(one(source, lengths, prefix)[0, at])
+
+    for i in range(2):
+
+        def log_p(prefix, i=i):
+            padded = np.full((1, longest), PAD, np.int32)
+            padded[0, : len(prefix)] = prefix
+            row = slice(i, i + 1)
+            return np.asarray(after(one, sources()[row], LENGTHS[row], padded, len(prefix) - 1))
+
+        limit = int(models.limits(LENGTHS)[i])
+        (_, best), *_ = beam_by_hand(log_p, max(beam, 1), limit, 0.6)
+        assert (*found[i], EOS) == best
+
+
+def test_a_translation_does_not_depend_on_its_batch():
+    one = model("rotary")
+    together = models.translate(one, sources(12), LENGTHS, beam=2)
+    alone = [
+        models.translate(one, sources()[i : i + 1], LENGTHS[i : i + 1], beam=2)[0] for i in range(2)
+    ]
+    assert together[:2] == alone
+
+
+# ---------------------------------------------------------------------------- equal sizes
+
+
+SIZES = {
+    "dense": SIZE,
+    "gated, learned": SIZE._replace(gated=True, positions="learned"),
+    "block-sparse": SIZE._replace(width=24, hidden=40, density=0.5, block=8),
+    "sampled": SIZE._replace(fraction=0.5),
+    "deep": SIZE._replace(layers=2),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_parameters_are_those_of_the_model(name):
+    made = nnx.eval_shape(lambda: Translator(SIZES[name], 1))
+    leaves = jax.tree.leaves(nnx.state(made, nnx.Param))
+    assert models.parameters(SIZES[name]) == sum(math.prod(leaf.shape) for leaf in leaves)
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for one in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(one, "jaxpr", one)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
+
+
+@pytest.mark.parametrize("name", ["dense", "gated, learned"])
+def test_flops_are_those_of_the_products_in_the_gradient(name):
+    size, (n, s, t) = SIZES[name], (2, 8, 4)
+    graph, params, rest = nnx.split(Translator(size, 0), nnx.Param, ...)
+    batch = Batch(tokens(n, s), np.full(n, s, np.int32), tokens(n, t + 1))
+
+    def loss(params):
+        return training.total(nnx.merge(graph, params, rest), batch, 0.1)
+
+    dots = [
+        e for e in equations(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
+        if e.primitive.name == "dot_general"
+    ]  # fmt: skip
+    counted = 0
+    for e in dots:
+        (contracted, _), (batched, _) = e.params["dimension_numbers"]
+        if not batched:  # attention has heads
+            depth = math.prod(e.invars[0].aval.shape[axis] for axis in contracted)
+            counted += 2 * math.prod(e.outvars[0].aval.shape) * depth
+    attention = 12 * n * size.width * size.layers * (s * s + t * t + s * t)
+    assert models.flops(size, {(n, s, t): 1}) == counted + attention
+    assert models.flops(size, {(n, s, t): 3}) == 3 * (counted + attention)
+
+
+def test_of_sampled_and_sparse_layers_what_is_taken_and_stored_counts():
+    shapes, dense = {(4, 8, 12): 1}, SIZE._replace(width=32, hidden=64)
+    linears = sum(
+        one.stored * {"source": 32, "target": 48}[one.on] for one in models.linears(dense)
+    )
+    half = models.flops(dense._replace(density=0.5, block=8), shapes)
+    assert models.flops(dense, shapes) - half == 3 * linears
+    sampled = models.flops(dense._replace(fraction=0.5), shapes)
+    norms = sum(
+        2 * one.k * ({"source": 32, "target": 48}[one.on] + one.m) for one in models.linears(dense)
+    )
+    assert models.flops(dense, shapes) - sampled == 3 * linears - norms
+
+
+@pytest.mark.parametrize("kind", ["block-sparse", "sampled"])
+@pytest.mark.parametrize("what", ["parameters", "FLOPs"])
+def test_models_at_equal_cost(kind, what):
+    dense = Size(2000, 128, 512)
+    shapes = {(42, 24, 24): 10, (16, 64, 60): 3}
+    cost = models.parameters if what == "parameters" else lambda size: models.flops(size, shapes)
+    other = dense._replace(**{"density": 0.5} if kind == "block-sparse" else {"fraction": 0.75})
+    found = models.matched(other, cost, cost(dense))
+    assert abs(cost(found) / cost(dense) - 1) <= 0.02
+    if (kind, what) == ("sampled", "parameters"):
+        assert found == other
+    else:
+        assert found.width > dense.width
+    assert found.width % (2 * found.heads) == 0
+    if kind == "block-sparse":
+        assert found.width % found.block == found.hidden % found.block == 0
+
+
+def test_a_cost_that_no_size_has():
+    size = SIZE._replace(density=0.5, block=64)
+    with pytest.raises(Mistake, match=r"no block-sparse model with 2 heads costs the same as the"):
+        models.matched(size, models.parameters, models.parameters(SIZE))
+
+
+# -------------------------------------------------------------------------- a step of training
+
+
+TRAINING = Training(10, 0.01, "cosine", 0.2, 0.1, 1.0, 0.9, 1)
+
+
+def batch(n=4):
+    target = tokens(n, 6, seed=2)
+    target[:, 0], target[:, -1] = BOS, EOS
+    target[1, 3:] = [EOS, PAD, PAD]
+    lengths = np.array([5, 3, 8, 0], np.int32)[:n]  # the last row is filled up
+    target[3] = PAD
+    return Batch(np.vstack([sources(), tokens(1, 8)]), lengths, target)
+
+
+def test_smoothed_losses_are_cross_entropies_with_smoothed_labels():
+    logits = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32)
+    labels = np.array([[3, 4, EOS], [4, EOS, PAD]])
+    p = np.exp(logits.astype(np.float64))
+    p /= p.sum(-1, keepdims=True)
+    smoothed = 0.9 * np.eye(5)[labels] + 0.1 / 5
+    expected = -(smoothed * np.log(p)).sum(-1)
+    expected[1, 2] = 0
+    got = training.losses(jnp.asarray(logits), jnp.asarray(labels), 0.1)
+    np.testing.assert_allclose(got, expected, **tolerance(jnp.float32, 5))
+    exact = -np.log(np.take_along_axis(p, labels[..., None], -1))[..., 0]
+    exact[1, 2] = 0
+    got = training.losses(jnp.asarray(logits), jnp.asarray(labels), 0.0)
+    np.testing.assert_allclose(got, exact, **tolerance(jnp.float32, 5))
+
+
+def test_rates_rise_along_a_line_and_fall_as_they_say():
+    root = training.schedule("inverse_sqrt", 0.1, 100)
+    np.testing.assert_allclose([root(5), root(10), root(40), root(90)], [0.5, 1, 0.5, 1 / 3])
+    cosine = training.schedule("cosine", 0.1, 100)
+    np.testing.assert_allclose([cosine(5), cosine(10), cosine(55), cosine(100)],
+                               [0.5, 1, 0.51, 0.02], rtol=1e-5)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stepped():
+    """Two steps by the recipe, and by optax and plain autodiff."""
+    run = Run.start(SIZE, TRAINING, 0)
+    graph, params, rest = nnx.split(run.model, nnx.Param, ...)
+    params, rest = jax.tree.map(jnp.copy, (params, rest))
+    rate = optax.warmup_cosine_decay_schedule(0, 0.01, 2, 10, 0.01 / 50)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.98, eps=1e-9))
+    moments, average, found = tx.init(params), params, []
+
+    @jax.jit
+    def step(params, moments):
+        def loss(params):
+            source, lengths, target = batch()
+            logits = nnx.merge(graph, params, rest)(source, lengths, target[:, :-1])
+            smoothed = optax.smooth_labels(jax.nn.one_hot(target[:, 1:], SIZE.vocabulary), 0.1)
+            each = optax.softmax_cross_entropy(logits, smoothed)
+            return each.sum(where=target[:, 1:] != PAD) / (target[:, 1:] != PAD).sum()
+
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, moments = tx.update(gradient, moments, params)
+        return value, gradient, optax.apply_updates(params, updates), moments
+
+    gradients = []
+    for i in range(2):
+        own = run.step(batch())
+        value, gradient, params, moments = step(params, moments)
+        gradients.append(gradient)
+        share = max(1 - 0.9, 9 / (10 + i))
+        average = jax.tree.map(lambda a, b: share * a + (1 - share) * b, params, average)  # noqa: B023
+        found.append((float(own), float(value)))
+    return run, found, params, average, gradients
+
+
+def assert_alike(a, b, atol):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-3, atol=atol)
+
+
+def test_a_step_is_clipped_adam_on_all_labels(stepped):
+    run, losses, params, average, _ = stepped
+    for own, expected in losses:
+        assert own == pytest.approx(expected, rel=1e-5)
+    assert_alike(nnx.state(run.model, nnx.Param), params, 1e-4)
+    assert_alike(nnx.state(run.averaged(), nnx.Param), average, 1e-4)
+    assert run.model.dropout.deterministic is False
+    assert run.averaged().dropout.deterministic is True
+
+
+@pytest.mark.parametrize("change", ["accumulate", "remat"])
+def test_parts_of_a_batch_and_remat_give_the_same_gradient(stepped, change):
+    size = SIZE._replace(remat=change == "remat")
+    one = Translator(size, 0)
+    count = float((batch().target[:, 1:] != PAD).sum())
+
+    @nnx.jit
+    def gradient(one):
+        def loss(one, part):
+            return training.total(one, part, 0.1) / count
+
+        return training.accumulated(loss, one, batch(), 2 if change == "accumulate" else 1)
+
+    value, found = gradient(one)
+    assert float(value) == pytest.approx(stepped[1][0][1], rel=1e-5)
+    assert_alike(found, stepped[4][0], float(tolerance(jnp.float32, TERMS)["atol"]))
+
+
+@pytest.mark.parametrize("kind", ["sampled, dropout", "block-sparse", "bfloat16"])
+@pytest.mark.slow
+def test_every_kind_of_model_learns(kind):
+    size = {
+        "sampled, dropout": SIZE._replace(fraction=0.75, dropout=0.1),
+        "block-sparse": SIZE._replace(density=0.5, block=8),
+        "bfloat16": SIZE._replace(dtype="bfloat16", attention="longformer", window=2),
+    }[kind]
+    run = Run.start(size, TRAINING._replace(steps=60, accumulate=2), 0)
+    losses = [float(run.step(batch())) for _ in range(60)]
+    assert losses[-1] < losses[0] - 0.7
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(run.average))
+    rows = models.translate(run.averaged(), sources(), LENGTHS, beam=2)
+    assert len(rows) == 3
+    assert unpadded([*rows[0], EOS])[-1] == EOS
