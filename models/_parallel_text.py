@@ -3,6 +3,7 @@
 A sentence is a list of token numbers. PAD, BOS and EOS are the same for every kind of tokens.
 """
 
+import collections
 import dataclasses
 import hashlib
 import io
@@ -236,12 +237,12 @@ class Batches:
         """Batches in an epoch."""
         return sum(-(-len(m) // s[0]) for m, s in zip(self.members, self.shapes, strict=True))
 
-    def shape_counts(self) -> dict[tuple[int, int, int], int]:
-        """How many batches of an epoch have each shape (rows, s, t)."""
-        counts: dict[tuple[int, int, int], int] = {}
-        for members, shape in zip(self.members, self.shapes, strict=True):
-            counts[shape] = counts.get(shape, 0) + -(-len(members) // shape[0])
-        return counts
+    def shape_counts(self, steps: int | None = None) -> dict[tuple[int, int, int], int]:
+        """How many batches of so many steps (default: an epoch) have each shape (rows, s, t)."""
+        planned = (
+            self.plan(step // len(self))[step % len(self)][0] for step in range(steps or len(self))
+        )
+        return dict(collections.Counter(self.shapes[bucket] for bucket in planned))
 
     def plan(self, epoch: int) -> list[tuple[int, np.ndarray]]:
         """(bucket, numbers of its pairs) of each batch of an epoch."""
