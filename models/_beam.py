@@ -24,7 +24,7 @@ class Found(NamedTuple):
     scores: jax.Array  # float32 [n, beam], of log p / penalty; -inf where nothing was found
 
 
-def penalty(length: Any, alpha: float) -> jax.Array:
+def penalty(length: Any, alpha: Any) -> jax.Array:
     """`((5 + length) / 6) ** alpha`, what log p is divided by; EOS counts as a token.
 
     Wu et al. 2016, "Google's Neural Machine Translation System", formula 14.
@@ -81,7 +81,7 @@ def search(
     beam: int,
     length: int,
     limits: jax.Array,
-    alpha: float = 0.6,
+    alpha: Any = 0.6,
 ) -> Found:
     """Beam search for `n` sources; the cache is for `n * beam` sequences, those of a source beside
     each other.

@@ -1,13 +1,11 @@
-"""Parallel text: pairs of files or a synthetic task, tokens, and batches of pairs of like length.
+"""Parallel text: pairs of files or a synthetic task, and tokens.
 
 A sentence is a list of token numbers. PAD, BOS and EOS are the same for every kind of tokens.
 """
 
-import collections
-import dataclasses
 import hashlib
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -20,7 +18,6 @@ from models._cli import Mistake
 PAD, BOS, EOS = 0, 1, 2
 MOST_BYTES = 2**31
 SIDES = ("source", "target")
-ROUND = 4  # lengths of batches are multiples of it
 
 # ----------------------------------------------------------------------------------- sentences
 
@@ -64,7 +61,7 @@ def read(flag: str, paths: Sequence[Path]) -> Pairs:
             f"--{flag} names {len(paths)} files: with files, --train, --valid and --test each take "
             "two, a source and its translation, line by line"
         )
-    source, target = (_lines(path) for path in paths)
+    source, target = (lines(path) for path in paths)
     if len(source) != len(target):
         raise Mistake(
             f"--{flag}: {paths[0]} has {len(source):,} lines and {paths[1]} has {len(target):,}: "
@@ -75,7 +72,8 @@ def read(flag: str, paths: Sequence[Path]) -> Pairs:
     return Pairs(source, target)
 
 
-def _lines(path: Path) -> list[str]:
+def lines(path: Path) -> list[str]:
+    """The lines of a file of UTF-8, without their ends."""
     if not path.is_file():
         raise Mistake(f"{path} is no file: check the paths given")
     content = b"".join(texts.chunks(path, MOST_BYTES))
@@ -158,12 +156,12 @@ class Pieces:
         return self._model.decode([t for t in tokens if t > EOS])
 
 
-def pieces(kind: str, vocabulary: int, lines: Sequence[str]) -> bytes:
+def pieces(kind: str, vocabulary: int, of: Sequence[str]) -> bytes:
     """A model of sentencepiece, "unigram" or "bpe", learnt from these lines."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(  # pyright: ignore
-            sentence_iterator=iter(lines), model_writer=model, model_type=kind,
+            sentence_iterator=iter(of), model_writer=model, model_type=kind,
             vocab_size=vocabulary, pad_id=PAD, bos_id=BOS, eos_id=EOS, unk_id=EOS + 1,
             byte_fallback=True, split_digits=True, hard_vocab_limit=False, num_threads=1,
             normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
@@ -188,117 +186,6 @@ def tokens(kind: str, vocabulary: int, train: Pairs, path: Path, *, resume: bool
         raise Mistake(f"{path} is no model of sentencepiece: start without --resume") from None
 
 
-# ------------------------------------------------------------------------------------- batches
-
-
-class Batch(NamedTuple):
-    """Pairs side by side, padded behind their ends. Rows beyond the pairs are empty."""
-
-    source: np.ndarray  # int32 [n, s]
-    lengths: np.ndarray  # int32 [n], of the sources
-    target: np.ndarray  # int32 [n, 1 + t], BOS first and EOS last
-
-
-@dataclasses.dataclass
-class Batches:
-    """All pairs once in each epoch, in batches of one of a few shapes.
-
-    A pair's bucket depends on the longer of its sides; `edges` puts buckets apart. A batch has
-    about `size` tokens on its longer side, padding included, and a number of rows that `multiple`
-    divides. What is in a batch follows from the seed and the step alone.
-    """
-
-    source: Sequence[Sequence[int]]
-    target: Sequence[Sequence[int]]
-    size: int
-    buckets: int = 4
-    multiple: int = 1
-    seed: int | None = 0  # None: in order
-
-    def __post_init__(self) -> None:
-        lengths = np.array([[len(s), len(t) + 1] for s, t in
-                            zip(self.source, self.target, strict=True)]).reshape(-1, 2)  # fmt: skip
-        longer = -(-lengths.max(1) // ROUND) * ROUND
-        of = np.searchsorted(edges(longer, self.buckets), longer)
-        self.members = [np.flatnonzero(of == i) for i in range(self.buckets)]
-        self.members = [members for members in self.members if len(members)]
-        self.shapes: list[tuple[int, int, int]] = []  # rows, s, t
-        for members in self.members:
-            s, t = (-(-max(1, int(side)) // ROUND) * ROUND for side in lengths[members].max(0))
-            rows = max(1, self.size // max(s, t) // self.multiple) * self.multiple
-            self.shapes.append((rows, s, t))
-        self._epoch: tuple[int, list[tuple[int, np.ndarray]]] | None = None
-
-    def reseed(self, seed: int) -> None:
-        """Other batches from the same pairs."""
-        self.seed, self._epoch = seed, None
-
-    def __len__(self) -> int:
-        """Batches in an epoch."""
-        return sum(-(-len(m) // s[0]) for m, s in zip(self.members, self.shapes, strict=True))
-
-    def shape_counts(self, steps: int | None = None) -> dict[tuple[int, int, int], int]:
-        """How many batches of so many steps (default: an epoch) have each shape (rows, s, t)."""
-        planned = (
-            self.plan(step // len(self))[step % len(self)][0] for step in range(steps or len(self))
-        )
-        return dict(collections.Counter(self.shapes[bucket] for bucket in planned))
-
-    def plan(self, epoch: int) -> list[tuple[int, np.ndarray]]:
-        """(bucket, numbers of its pairs) of each batch of an epoch."""
-        if self._epoch is None or self._epoch[0] != epoch:
-            rng = None if self.seed is None else np.random.default_rng([self.seed, epoch])
-            planned = []
-            for bucket, (members, (rows, _, _)) in enumerate(
-                zip(self.members, self.shapes, strict=True)
-            ):
-                order = members if rng is None else rng.permutation(members)
-                planned += [(bucket, order[i : i + rows]) for i in range(0, len(order), rows)]
-            if rng is not None:
-                planned = [planned[i] for i in rng.permutation(len(planned))]
-            self._epoch = epoch, planned
-        return self._epoch[1]
-
-    def batch(self, step: int) -> Batch:
-        """The batch of a training step."""
-        bucket, chosen = self.plan(step // len(self))[step % len(self)]
-        return self._padded(chosen, self.shapes[bucket])
-
-    def once(self) -> Iterator[tuple[np.ndarray, Batch]]:
-        """Every batch of the first epoch, with the numbers of its pairs."""
-        for bucket, chosen in self.plan(0):
-            yield chosen, self._padded(chosen, self.shapes[bucket])
-
-    def _padded(self, chosen: np.ndarray, shape: tuple[int, int, int]) -> Batch:
-        rows, s, t = shape
-        source, target = np.full((rows, s), PAD, np.int32), np.full((rows, t + 1), PAD, np.int32)
-        lengths = np.zeros(rows, np.int32)
-        for row, i in enumerate(chosen):
-            one, other = self.source[i], [BOS, *self.target[i], EOS]
-            source[row, : len(one)], target[row, : len(other)] = one, other
-            lengths[row] = len(one)
-        return Batch(source, lengths, target)
-
-
-def edges(longer: np.ndarray, buckets: int) -> np.ndarray:
-    """The greatest lengths of at most so many buckets: those with the least padding in all."""
-    sides, counts = np.unique(longer, return_counts=True)
-    upto = np.concatenate([[0], np.cumsum(counts)])
-    # cost[j]: padded tokens of the pairs up to sides[j - 1], in the buckets so far
-    cost, before = np.where(np.arange(len(sides) + 1) > 0, np.inf, 0.0), []
-    for _ in range(min(buckets, len(sides))):
-        last = sides[None] * (upto[None, 1:] - upto[:-1, None])  # of a bucket (i, j]
-        ways = np.where(upto[:-1, None] < upto[None, 1:], cost[:-1, None] + last, np.inf)
-        before.append(ways.argmin(0))
-        cost = np.concatenate([[0.0], ways.min(0)])
-    found, j = [], len(sides)
-    for choices in reversed(before):
-        if j:
-            found.append(sides[j - 1])
-            j = int(choices[j - 1])
-    return np.array(found[::-1])
-
-
 def encoded(
     pairs: Pairs, tokens: Tokens, longest: int | None = None
 ) -> tuple[list[list[int]], list[list[int]], int]:
@@ -308,9 +195,9 @@ def encoded(
     def sides(source: str, target: str) -> tuple[list[int], list[int]]:
         return [*tokens.encode(source), EOS], tokens.encode(target)
 
-    both = [sides(*pair) for pair in zip(*pairs, strict=True)]
-    keep: Callable[[list[int]], bool] = lambda one: longest is None or 0 < len(one) <= longest  # noqa: E731
-    kept = [(s, t) for s, t in both if keep(s[:-1]) and keep(t)]
+    kept = both = [sides(*pair) for pair in zip(*pairs, strict=True)]
+    if longest is not None:
+        kept = [(s, t) for s, t in both if 1 < len(s) <= longest + 1 and 0 < len(t) <= longest]
     if not kept:
         raise Mistake(
             f"all {len(both):,} pairs to train on are empty or longer than --longest {longest} "

@@ -1,4 +1,4 @@
-"""An encoder-decoder Transformer, and the arithmetic of its parameters and FLOPs.
+"""An encoder-decoder Transformer, and how it translates.
 
 Vaswani et al. 2017, "Attention Is All You Need", of `bsjax.nnx.BlockTransformerLayer`s: normalised
 before each part, one matrix of embeddings for both languages and for the logits.
@@ -6,9 +6,7 @@ before each part, one matrix of embeddings for both languages and for the logits
 
 import functools
 import itertools
-import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,51 +14,12 @@ import numpy as np
 from flax import nnx
 
 import bsjax.nnx
-from bsjax import masks, patterns
+from bsjax import masks
 from models import _beam as beams
-from models._cli import Mistake
 from models._parallel_text import PAD
+from models._translation_size import Size, blocks
 
 PROJECTIONS = ("query", "key", "value", "out")
-
-
-class Size(NamedTuple):
-    """What a model is made of."""
-
-    vocabulary: int
-    width: int = 128
-    hidden: int = 512
-    layers: int = 2  # of the encoder, and as many of the decoder
-    heads: int = 4
-    gated: bool = False
-    activation: str = "relu"
-    positions: str = "rotary"
-    longest: int = 256  # positions that can be learnt
-    density: float = 1.0  # stored share of the blocks of linear layers; 1: dense
-    block: int = 16
-    fraction: float = 1.0  # sampled share of the products of linear layers; 1: exact
-    sample_block: int = 1
-    policy: str = "forward"
-    attention: str = "full"
-    window: int = 16  # tokens to each side that sparse attention sees
-    attention_block: int = 16
-    dropout: float = 0.1
-    dtype: str = "float32"  # to compute in; parameters are float32
-    remat: bool = False
-
-    @property
-    def sparse(self) -> bool:
-        return self.density < 1
-
-    @property
-    def sampled(self) -> bool:
-        return self.fraction < 1
-
-
-def blocks(size: Size, k: int, m: int, seed: int) -> np.ndarray:
-    """Which blocks of a linear layer are stored."""
-    grid = -(-k // size.block), -(-m // size.block)
-    return patterns.balanced(grid, size.density, seed=seed)
 
 
 def self_attention(size: Size, causal: bool) -> dict[str, Any]:
@@ -102,8 +61,14 @@ def layer(size: Size, seeds: Any, rngs: nnx.Rngs, *, decoder: bool) -> Any:
     )
 
 
-def call(layer: Any, *args: Any, **options: Any) -> jax.Array:
-    return layer(*args, **options)
+def call(layer: Any, x: jax.Array, encoded: jax.Array | None, lengths: jax.Array) -> jax.Array:
+    """A layer of the encoder, or of the decoder, on a whole sequence."""
+    if encoded is None:
+        return layer(x, kv_lengths=lengths)
+    return layer(x, encoded, encoded_lengths=lengths)
+
+
+CALLS = {False: call, True: nnx.remat(call)}  # by remat
 
 
 class Translator(nnx.Module):
@@ -134,9 +99,8 @@ class Translator(nnx.Module):
     def encode(self, source: jax.Array, lengths: jax.Array) -> jax.Array:
         """`[n, s, width]`."""
         x = self._embed(source, 0)
-        run = self._layer()
         for one in self.encoder:
-            x = run(one, x, kv_lengths=lengths)
+            x = CALLS[self.size.remat](one, x, None, lengths)
         return self.encoder_norm(x)
 
     def decode(
@@ -150,9 +114,11 @@ class Translator(nnx.Module):
         """Logits, float32. With `at` the target is the tokens from that position on, and those
         before it are in the cache."""
         x, cached = self._embed(target, 0 if at is None else at), at is not None
-        run = call if cached else self._layer()
         for one in self.decoder:
-            x = run(one, x, encoded, encoded_lengths=lengths, decode=cached)
+            if cached:
+                x = one(x, encoded, encoded_lengths=lengths, decode=True)
+            else:
+                x = CALLS[self.size.remat](one, x, encoded, lengths)
         x = self.decoder_norm(x)
         return (x @ self.embedding[...].astype(x.dtype).T).astype(jnp.float32)
 
@@ -160,9 +126,6 @@ class Translator(nnx.Module):
         """An empty cache for `n` targets of that length."""
         for one in self.decoder:
             one.init_cache((n, length, self.size.width))
-
-    def _layer(self) -> Callable[..., Any]:
-        return nnx.remat(call) if self.size.remat else call
 
     def _embed(self, tokens: jax.Array, start: Any) -> jax.Array:
         x = self.embedding[...][tokens]
@@ -175,10 +138,10 @@ class Translator(nnx.Module):
 # ---------------------------------------------------------------------------------- translating
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "beam", "length", "alpha"))
+@functools.partial(jax.jit, static_argnames=("graph", "beam", "length"))
 def _translate(
     graph: Any, state: Any, source: Any, lengths: Any, limits: Any,
-    *, beam: int, length: int, alpha: float,
+    *, beam: int, length: int, alpha: Any,
 ) -> jax.Array:  # fmt: skip
     model = nnx.merge(graph, state)
     n, many = source.shape[0], max(1, beam)
@@ -202,7 +165,7 @@ def _translate(
     return found.tokens[:, 0]
 
 
-def limits(lengths: np.ndarray) -> np.ndarray:
+def limits(lengths: Any) -> Any:
     """The most tokens of a translation, EOS included. Of the source alone, not of its batch."""
     return 2 * lengths + 10
 
@@ -213,114 +176,10 @@ def translate(
     """The tokens of each translation, without EOS; `beam=0` is greedy search. The model must not
     train: `model.eval()`."""
     graph, state = nnx.split(model)
-    length = int(limits(np.int32(source.shape[1])))
+    length = limits(source.shape[1])
     tokens = _translate(
         graph, state, source, lengths, np.int32(limits(lengths)),
         beam=beam, length=length, alpha=alpha,
     )  # fmt: skip
     kept = [row[row != PAD].tolist() for row in np.asarray(tokens)]
     return [row[:-1] for row in kept]
-
-
-# --------------------------------------------------------------- parameters, FLOPs, equal sizes
-
-
-class Linear(NamedTuple):
-    """A linear layer `[k, m]`, and how many of its products are stored and computed."""
-
-    k: int
-    m: int
-    stored: int
-    computed: int
-    on: str  # "source", "target"
-
-
-def linears(size: Size) -> list[Linear]:
-    """All of them but the embedding."""
-
-    def one(k: int, m: int, on: str) -> Linear:
-        stored = k * m
-        if size.sparse:
-            stored = int(blocks(size, k, m, 0).sum()) * size.block**2
-        groups = k // size.sample_block
-        taken = max(1, round(size.fraction * groups)) * size.sample_block
-        return Linear(k, m, stored, taken * m if size.sampled and not size.sparse else stored, on)
-
-    width, hidden = size.width, size.hidden
-    mlp = [(width, hidden)] * (2 if size.gated else 1) + [(hidden, width)]
-    square = (width, width)
-    found = []
-    encoder, decoder = [square] * 4 + mlp, [square] * 6 + mlp
-    found += [one(*sides, "source") for sides in [*encoder, square, square]]  # and keys, values
-    found += [one(*sides, "target") for sides in decoder]
-    return found * size.layers
-
-
-def parameters(size: Size) -> int:
-    """How many there are: `v w` of the embedding, what linear layers store, gains of norms (two of
-    each layer of the encoder, three of the decoder, and two), and learnt positions."""
-    norms = (5 * size.layers + 2) * size.width
-    places = size.longest * size.width if size.positions == "learned" else 0
-    stored = sum(one.stored for one in linears(size))
-    return size.vocabulary * size.width + stored + norms + places
-
-
-def flops(size: Size, shapes: Mapping[tuple[int, int, int], int]) -> int:
-    """Of training steps on so many batches of each shape (rows n, s, t). Of each batch::
-
-        6 (n s, or n t) computed        of each linear layer: y, dx and dw; `computed` products are
-                                        those of stored blocks, or of the sampled rows of w
-        12 n w (s^2 + t^2 + 2 s t / 2)  of attention in each pair of layers: scores, sums of values,
-                                        and both gradients of each; masked ones count too
-        6 n t w v                       of the logits
-
-    and of a sampled layer on `n` tokens the norms, 2 n k + 2 k m. Not counted, the same for all but
-    for rounding: norms of layers, activations, softmax, look-ups, draws of samples, the optimizer.
-    """
-    total, width = 0, size.width
-    for (n, s, t), count in shapes.items():
-        tokens = {"source": n * s, "target": n * t}
-        one = 12 * n * width * size.layers * (s * s + t * t + s * t)
-        one += 6 * n * t * width * size.vocabulary
-        for linear in linears(size):
-            one += 6 * tokens[linear.on] * linear.computed
-            if linear.computed < linear.stored:
-                one += 2 * linear.k * (tokens[linear.on] + linear.m)
-        total += count * one
-    return total
-
-
-def matched(size: Size, cost: Callable[[Size], int], wanted: int) -> Size:
-    """`size` with the width at which `cost` is nearest below what is wanted, and hidden layers that
-    make up for the rest. Raises `Mistake` if it stays 2% away."""
-    unit = math.lcm(2 * size.heads, size.block if size.sparse else 1, size.sample_block)
-    step = math.lcm(size.block if size.sparse else 8, size.sample_block)
-    share = size.hidden / size.width
-
-    def of(width: int) -> Size:
-        return size._replace(width=width, hidden=max(1, round(share * width / step)) * step)
-
-    width = unit
-    while cost(of(width + unit)) <= wanted:
-        width += unit
-    best = of(width)
-    more = best._replace(hidden=best.hidden + 8 * step)
-    steps = round(8 * (wanted - cost(best)) / (cost(more) - cost(best)))
-    hidden = max(step, best.hidden + step * steps)
-    found = best._replace(hidden=hidden)
-    if not near(cost(found), wanted):
-        raise Mistake(
-            f"no {kind(size)} model with {size.heads} heads costs the same as the dense one within "
-            "2%: take a larger --width, a smaller --block or fewer --heads"
-        )
-    return found
-
-
-def near(cost: int, wanted: int) -> bool:
-    """Equal within 2%."""
-    return abs(cost / wanted - 1) <= 0.02
-
-
-def kind(size: Size) -> str:
-    """In a word."""
-    return "block-sparse" if size.sparse else "sampled" if size.sampled else "dense"

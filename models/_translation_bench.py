@@ -3,22 +3,27 @@
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from models import _parallel_text as texts
 from models import _translation as models
-from models._parallel_text import Batches, Corpus
+from models import _translation_size as sizes
+from models._buckets import Batches
+from models._cli import Mistake
+from models._parallel_text import EOS, Corpus
 from models._runs import Runs
 from models._train import Checkpoints, CtrlC, Progress, finite
-from models._translation import Size
+from models._translation import Translator
 from models._translation_report import bleu
+from models._translation_size import Size
 from models._translation_train import Run, heldout_loss, translations
 
 BINS = 200  # numbers that the losses of a run are kept as
 EXAMPLES = 8
+TRANSLATED = 2048  # tokens of sources translated side by side, beams counted
 
 
 class Data(NamedTuple):
@@ -48,7 +53,9 @@ class Stopped(Exception):
 class Bench:
     """Trains what is asked for, unless it is known already."""
 
-    def __init__(self, config: Any, data: Data, runs: Runs, where: Mapping[str, Any]) -> None:
+    def __init__(
+        self, config: Any, data: Data, runs: Runs | None, where: Mapping[str, Any]
+    ) -> None:
         self.config, self.data, self.runs, self.where = config, data, runs, where
 
     def settings(self, task: Task) -> dict[str, Any]:
@@ -59,6 +66,7 @@ class Bench:
     def result(self, task: Task, stop: CtrlC) -> dict[str, Any]:
         """Of a run, trained now if need be. Raises `Stopped` after Ctrl-C."""
         settings = self.settings(task)
+        assert self.runs is not None
         if (found := self.runs.get(settings)) is None:
             found = self._trained(task, settings, stop)
             self.runs.add(settings, found, dict(self.where))
@@ -70,10 +78,7 @@ class Bench:
         config, train = self.config, self.data.train
         run = Run.start(task.size, config.training(task.learning_rate), task.seed)
         train.reseed(task.seed)
-        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-        saved = Checkpoints(
-            config.out / f"translation-checkpoint-{models.kind(task.size)}-{key}", settings
-        )
+        saved = self._saved(task, settings)
         first, log = 0, {"losses": [], "valid": [], "seconds": 0.0, "processor seconds": 0.0}
         if config.resume and saved.step() is not None:
             first, tree, log = saved.restore(run.tree())
@@ -107,8 +112,8 @@ class Bench:
         bins = np.array_split(np.asarray(log["losses"]), min(BINS, len(log["losses"])))
         found: dict[str, Any] = {
             "name": task.name,
-            "parameters": models.parameters(task.size),
-            "FLOPs": models.flops(task.size, shapes),
+            "parameters": sizes.parameters(task.size),
+            "FLOPs": sizes.flops(task.size, shapes),
             "valid": log["valid"][-1][1],
             "test": heldout_loss(model, data.test),
             "valid curve": log["valid"],
@@ -118,16 +123,40 @@ class Bench:
             "processor seconds": log["processor seconds"],
         }  # fmt: skip
         for how, beam in (("greedy", 0), ("beam", config.beam)):
-            rows = translations(
-                lambda *batch, beam=beam: models.translate(
-                    model, *batch, beam=beam, alpha=config.alpha
-                ),
-                data.test,
-            )
-            written = [data.tokens.decode(row) for row in rows]
+            written = self._written(model, data.test, beam)
             found[f"BLEU {how}"], found["signature"] = bleu(written, references)
             found["examples"] = written[:EXAMPLES]
-        path = config.out / f"translation-{models.kind(task.size)}.txt"
+        path = config.out / f"translation-{sizes.kind(task.size)}.txt"
         path.write_text("".join(f"{line}\n" for line in written), "utf-8")
         print(f"{task.name}: BLEU {found['BLEU beam']:.2f}, translations in {path}")
         return found
+
+    def translated(self, task: Task, lines: Sequence[str]) -> list[str]:
+        """Of lines in the source language, by the model in the checkpoint of a run."""
+        run = Run.start(task.size, self.config.training(task.learning_rate), task.seed)
+        saved = self._saved(task, self.settings(task))
+        if saved.step() is None:
+            raise Mistake(
+                f"no model in {saved.folder}: give the flags that it was trained with, or train it "
+                "first, without --translate"
+            )
+        run.update(saved.restore(run.tree())[1])
+        saved.close()
+        source = [[*self.data.tokens.encode(line), EOS] for line in lines]
+        size, empty = TRANSLATED // self.config.beam, [[] for _ in source]
+        return self._written(
+            run.averaged(), Batches(source, empty, size, seed=None), self.config.beam
+        )
+
+    def _saved(self, task: Task, settings: dict[str, Any]) -> Checkpoints:
+        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+        name = f"translation-checkpoint-{sizes.kind(task.size)}-{key}"
+        return Checkpoints(self.config.out / name, settings)
+
+    def _written(self, model: Translator, batches: Batches, beam: int) -> list[str]:
+        """Translations of every source, by a beam, or by greedy search if it is 0."""
+
+        def rows(source: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
+            return models.translate(model, source, lengths, beam=beam, alpha=self.config.alpha)
+
+        return [self.data.tokens.decode(row) for row in translations(rows, batches)]

@@ -12,8 +12,10 @@ import optax
 from flax import nnx
 from jax import lax
 
-from models._parallel_text import PAD, Batch, Batches
-from models._translation import Size, Translator
+from models._buckets import Batch, Batches
+from models._parallel_text import PAD
+from models._translation import Translator
+from models._translation_size import Size
 
 FIRST = 9  # the average of parameters after t steps is one of the last FIRST / (FIRST + t) of them
 
@@ -67,8 +69,8 @@ def losses(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
 
 def total(model: Translator, batch: Batch, smoothing: float) -> jax.Array:
     """The sum of the losses of a batch."""
-    logits = model(batch.source, batch.lengths, batch.target[:, :-1])
-    return losses(logits, batch.target[:, 1:], smoothing).sum()
+    source, lengths, target = map(jnp.asarray, batch)
+    return losses(model(source, lengths, target[:, :-1]), target[:, 1:], smoothing).sum()
 
 
 @nnx.jit(donate_argnames=("model", "optimizer", "average"), static_argnames=("training",))

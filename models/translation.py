@@ -3,7 +3,8 @@
     python -m models.translation --help
     python -m models.translation                                # numbers in words, two minutes
     python -m models.translation --train a.de a.en --valid b.de b.en --test c.de c.en
-    python -m models.translation --compare                      # at equal parameters and FLOPs
+    python -m models.translation --compare --density 0.5 --fraction 0.75 ...
+    python -m models.translation --translate FILE ...           # with what was trained
 
 After Vaswani et al. 2017, "Attention Is All You Need". Every model is a line of
 `translation.jsonl` as soon as it is done; `--resume` goes on where a run was stopped.
@@ -16,21 +17,20 @@ from typing import Any
 
 from models import _cli as cli
 from models import _parallel_text as texts
-from models import _translation as models
+from models import _translation_size as sizing
+from models._buckets import Batches
 from models._cli import Mistake, option
-from models._parallel_text import Batches
 from models._runs import Runs, whereabouts
 from models._train import CtrlC, output_folder
-from models._translation import Size
-from models._translation_bench import Bench, Data, Stopped, Task
+from models._translation_bench import TRANSLATED, Bench, Data, Stopped, Task
 from models._translation_report import report
+from models._translation_size import Size
 from models._translation_train import Training
 
 ABOUT = "Trains encoder-decoder Transformers to translate: dense, block-sparse or sampled."
 OUT = Path(__file__).parent.parent / "out"
 DENSE = "dense"
 KINDS = (DENSE, "block-sparse", "sampled")
-TRANSLATED = 2048  # tokens of sources translated side by side, beams counted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,16 +90,19 @@ class Config:
     seed: int = option(0, "the first one, of weights, patterns and batches", least=0, most=2**30)
     beam: int = option(4, "sequences that beam search keeps; beside it greedy search", least=1)
     alpha: float = option(0.6, "exponent of the length penalty", least=0)
+    translate: Path | None = option(  # noqa: RUF009
+        None, "do not train: translate the lines of this file with the model in --out"
+    )
     measure_every: int = option(200, "steps between validation losses", least=1)
     checkpoint_every: int = option(200, "steps between checkpoints", least=1)
 
     def size(self, vocabulary: int) -> Size:
         """Of the model that the flags describe."""
-        own = {name: getattr(self, name) for name in Size._fields if hasattr(self, name)}
+        own: Any = {name: getattr(self, name) for name in Size._fields if hasattr(self, name)}
         return Size(**own | {"vocabulary": vocabulary, "longest": 2 * self.longest + 10})
 
     def training(self, rate: float) -> Training:
-        own = {name: getattr(self, name) for name in Training._fields if hasattr(self, name)}
+        own: Any = {name: getattr(self, name) for name in Training._fields if hasattr(self, name)}
         return Training(**own | {"learning_rate": rate})
 
 
@@ -131,17 +134,20 @@ def check(config: Config) -> None:
 
 
 def data(config: Config) -> Data:
+    """The text that the flags name, in tokens."""
     corpus = texts.load(config.train, config.valid, config.test)
     kind = config.pieces if config.tokens == "sentencepiece" else "bytes"
     path = config.out / "translation-tokens.model"
-    tokens = texts.tokens(kind, config.vocabulary, corpus.train, path, resume=config.resume)
+    kept = config.resume or config.translate is not None
+    tokens = texts.tokens(kind, config.vocabulary, corpus.train, path, resume=kept)
     source, target, out = texts.encoded(corpus.train, tokens, config.longest)
     shape = config.batch_tokens, config.buckets, config.accumulate
     train = Batches(source, target, *shape, seed=config.seed)
-    held = [
-        Batches(*texts.encoded(part, tokens)[:2], TRANSLATED // config.beam, buckets=2, seed=None)
+    size = TRANSLATED // config.beam
+    valid, test = (
+        Batches(*texts.encoded(part, tokens)[:2], size=size, buckets=2, seed=None)
         for part in (corpus.valid, corpus.test)
-    ]
+    )
     print(corpus.about)
     print(f"{len(target) + out:,} pairs, {out:,} of them with a side longer than {config.longest} "
           f"tokens or empty, which are left out; {len(train):,} batches in an epoch, "
@@ -149,27 +155,27 @@ def data(config: Config) -> Data:
     names = ("longest", "batch_tokens", "buckets", "beam", "alpha")
     about = {name: getattr(config, name) for name in names} | {"tokens": tokens.digest}
     about |= {name: getattr(corpus, name).digest for name in ("train", "valid", "test")}
-    return Data(corpus, tokens, train, *held, about)
+    return Data(corpus, tokens, train, valid, test, about)
 
 
 def contenders(config: Config, data: Data) -> dict[str, Size]:
     """What is trained, by name."""
     size = config.size(data.tokens.size)
     if not config.compare:
-        return {models.kind(size): size}
+        return {sizing.kind(size): size}
     dense, shapes = size._replace(density=1.0, fraction=1.0), data.train.shape_counts()
     others = {
         "block-sparse": size._replace(fraction=1.0),
         "sampled": size._replace(density=1.0),
     }
     found = {DENSE: dense} if DENSE in config.kinds else {}
-    costs = {"parameters": models.parameters, "FLOPs": lambda size: models.flops(size, shapes)}
+    costs = {"parameters": sizing.parameters, "FLOPs": lambda size: sizing.flops(size, shapes)}
     for kind, other in others.items():
         if kind not in config.kinds:
             continue
-        sizes = [models.matched(other, cost, cost(dense)) for cost in costs.values()]
+        sizes = [sizing.matched(other, cost, cost(dense)) for cost in costs.values()]
         for one in sizes:
-            equal = [name for name, cost in costs.items() if models.near(cost(one), cost(dense))]
+            equal = [name for name, cost in costs.items() if sizing.near(cost(one), cost(dense))]
             found[f"{kind}, equal {' and '.join(equal)}"] = one
             if len(equal) == len(costs):  # what is stored is what is computed
                 break
@@ -193,12 +199,24 @@ def experiment(bench: Bench, stop: CtrlC) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def write(config: Config, text: Data) -> None:
+    """Translates a file, without training."""
+    lines = texts.lines(config.translate or Path())
+    ((name, size),) = contenders(dataclasses.replace(config, compare=False), text).items()
+    task = Task(name, size, config.learning_rates[0], config.seed)
+    for line in Bench(config, text, None, {}).translated(task, lines):
+        print(line)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Trains, translates, compares and reports; the exit code."""
     config = cli.parse(Config, argv, command="python -m models.translation", about=ABOUT)
     check(config)
     output_folder(config.out)
     text = data(config)
+    if config.translate:
+        write(config, text)
+        return 0
     runs = Runs(config.out / "translation.jsonl", resume=config.resume)
     where = whereabouts(cli.shell_command("models.translation", config))
     where |= {name: version(name) for name in ("flax", "sacrebleu", "sentencepiece")}

@@ -122,6 +122,17 @@ def test_what_is_known_is_not_trained_again(story, monkeypatch):
     assert f"dense, seed 0: in {story.out / 'translation.jsonl'} already" in printed
 
 
+def test_translating_a_file_with_the_trained_model(story, tmp_path):
+    """The test set again: the lines that BLEU was computed of."""
+    out, (test, _) = ["--out", str(story.out)], story.flags[-2:]
+    code, printed = run_main([*story.flags, *out, "--translate", test])
+    assert code == 0
+    written = (story.out / "translation-dense.txt").read_text().splitlines()
+    assert printed.splitlines()[-24:] == written
+    with pytest.raises(Mistake, match=r"no model in .*: give the flags that it was trained with"):
+        run_main([*story.flags, *out, "--translate", test, "--width", "24"])
+
+
 def test_going_on_with_another_model_starts_that_one(story):
     settings = result(story.out)["settings"]
     config = parse(translation.Config, [*story.flags, "--width", "24"], command="it")
@@ -169,7 +180,7 @@ def test_a_comparison_chooses_rates_on_validation_text_and_keeps_every_run(tmp_p
     made = {}
     for task in pretended.made:
         made.setdefault(task.name, []).append((task.learning_rate, task.seed))
-    assert list(made)[0] == "dense"
+    assert next(iter(made)) == "dense"
     assert {name.split(",")[0] for name in made} == {"dense", "block-sparse", "sampled"}
     for name, runs in made.items():
         best = 0.01 if "sparse" in name else 0.02
@@ -214,7 +225,7 @@ MISTAKES = {
     "both": ("--density 0.5 --fraction 0.5", r"below 1, but layers that store some blocks are not"),
     "kinds": ("--compare --kinds thin", r"--kinds thin: choose from dense, block-sparse, sampled"),
     "compare": ("--compare --density 0.5", r"sampled share from --fraction: give both below 1, f"),
-    "longest": ("--longest 4 --train {long} {long}", r"all 2 pairs to train on are empty or longer"),
+    "longest": ("--longest 4 --train {long} {long}", r"all 2 pairs to train on are empty or"),
     "one file": ("--test {long}", r"--test names 1 files: with files, --train, --valid and --test"),
     "missing": ("--test {long} nowhere", r"nowhere is no file: check the paths given"),
     "vocabulary": ("--tokens sentencepiece --vocabulary 300 --train {wide} {wide}",

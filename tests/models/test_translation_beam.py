@@ -38,7 +38,7 @@ def start(beam):
     return jnp.repeat(jnp.arange(N), beam), jnp.zeros(N * beam, jnp.int32), jnp.int32(0)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
 def searched(beam, alpha):
     return beams.search(
         step, start(beam), N, beam=beam, length=LENGTH, limits=jnp.asarray(LIMITS), alpha=alpha

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from models._parallel_text import BOS, EOS, PAD
-from models._translation import Size
+from models._translation_size import Size
 
 TINY = shlex.split(
     "--tokens bytes --longest 12 --width 16 --hidden 32 --layers 1 --heads 2 --block 4 --steps 6 "
@@ -28,7 +28,7 @@ def write_pairs(folder, count=24, seed=0):
     """Words and the same words in capitals; the flags that name them."""
     rng, flags = np.random.default_rng(seed), []
     for part in ("train", "valid", "test"):
-        words = ["".join(rng.choice(list("abc"), 1 + i % 4)) for i in range(count)]
+        words = ["".join(rng.choice(list("abc"), 1 + i % 3)) for i in range(count)]
         paths = [folder / f"{part}.{side}" for side in ("low", "up")]
         paths[0].write_text("".join(f"{w}\n" for w in words))
         paths[1].write_text("".join(f"{w.upper()}\n" for w in words))
