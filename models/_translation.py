@@ -22,16 +22,21 @@ from models._translation_size import Size, blocks
 PROJECTIONS = ("query", "key", "value", "out")
 
 
+@functools.cache  # models of a size must be made of the same functions, or each compiles
+def seen(attention: str, window: int, causal: bool) -> Any:
+    """Which tokens of its own sentence a position sees; None: all."""
+    if attention == "full":
+        return masks.causal() if causal else None
+    near = masks.window(window, window)
+    if attention == "longformer":  # and the first token sees all, and is seen
+        near = masks.longformer(window, 1)
+    return near & masks.causal() if causal else near
+
+
 def self_attention(size: Size, causal: bool) -> dict[str, Any]:
-    """What a position sees of its own sentence."""
-    seen = masks.causal() if causal else None
-    if size.attention != "full":
-        near = masks.window(size.window, size.window)
-        if size.attention == "longformer":  # and the first token sees all, and is seen
-            near = masks.longformer(size.window, 1)
-        seen = near & seen if seen is not None else near
-    block = size.attention_block
-    return {"mask": seen, "block": block, "rotary": size.positions == "rotary"}
+    """The options of attention inside a sentence."""
+    mask, block = seen(size.attention, size.window, causal), size.attention_block
+    return {"mask": mask, "block": block, "rotary": size.positions == "rotary"}
 
 
 def layer(size: Size, seeds: Any, rngs: nnx.Rngs, *, decoder: bool) -> Any:

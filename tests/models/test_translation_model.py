@@ -270,6 +270,15 @@ def test_rates_rise_along_a_line_and_fall_as_they_say():
                                [0.5, 1, 0.51, 0.02], rtol=1e-5)  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["gated, learned", "block-sparse", "sampled"])
+def test_models_of_a_size_share_their_programs(name):
+    size = SIZES[name]._replace(attention="longformer", dropout=0.1)
+    made = [nnx.eval_shape(lambda seed=seed: Translator(size, seed)) for seed in (0, 1)]
+    one, other = (nnx.split(model)[0] for model in made)
+    assert one == other
+    assert hash(one) == hash(other)
+
+
 @pytest.fixture(scope="module")
 def stepped():
     """Two steps by the recipe, and by optax and plain autodiff."""
