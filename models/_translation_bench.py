@@ -126,7 +126,7 @@ class Bench:
             written = self._written(model, data.test, beam)
             found[f"BLEU {how}"], found["signature"] = bleu(written, references)
             found["examples"] = written[:EXAMPLES]
-        path = config.out / f"translation-{sizes.kind(task.size)}.txt"
+        path = config.out / f"translation-{task.name.replace(',', '').replace(' ', '-')}.txt"
         path.write_text("".join(f"{line}\n" for line in written), "utf-8")
         print(f"{task.name}: BLEU {found['BLEU beam']:.2f}, translations in {path}")
         return found

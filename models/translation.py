@@ -184,16 +184,22 @@ def contenders(config: Config, data: Data) -> dict[str, Size]:
 
 def experiment(bench: Bench, stop: CtrlC) -> dict[str, list[dict[str, Any]]]:
     """The results of all seeds of each model, at the learning rate that is best for it."""
-    config, found = bench.config, {}
+    config, known, found = bench.config, {}, {}
+
+    def result(task: Task) -> dict[str, Any]:
+        if task not in known:
+            known[task] = bench.result(task, stop)
+        return known[task]
+
     for name, size in contenders(config, bench.data).items():
         scores = {
-            rate: bench.result(Task(name, size, rate, config.seed), stop)["valid"]
+            rate: result(Task(name, size, rate, config.seed))["valid"]
             for rate in config.learning_rates
         }
         rate = min(scores, key=scores.__getitem__)
         tasks = [Task(name, size, rate, config.seed + i) for i in range(config.seeds)]
         found[name] = [
-            {**bench.result(task, stop), "width": size.width, "hidden": size.hidden, "rate": rate}
+            {**result(task), "width": size.width, "hidden": size.hidden, "rate": rate}
             for task in tasks
         ]
     return found

@@ -11,8 +11,8 @@ from models import _beam as beams
 from models._parallel_text import BOS, EOS, PAD
 from tests.models.translation_runs import beam_by_hand, every_sequence, lp, unpadded
 
-V, LENGTH, N = 5, 4, 3
-LIMITS = np.array([4, 3, 4], np.int32)
+V, LENGTH, N = 5, 4, 8
+LIMITS = np.array([4, 3, 4, 4, 2, 4, 4, 4], np.int32)
 
 
 @functools.cache
@@ -61,11 +61,12 @@ def test_a_beam_that_holds_everything_finds_the_best_of_all_sequences(alpha):
         assert [unpadded(row) for row in found.tokens[i, :count]] == [t for _, t in every]
 
 
+@pytest.mark.parametrize("alpha", [0.6, 3.0])  # long sequences win: a source that is done stays so
 @pytest.mark.parametrize("beam", [1, 2, 3])
-def test_it_is_the_search_that_sees_whole_prefixes(beam):
-    found = searched(beam, 0.6)
+def test_it_is_the_search_that_sees_whole_prefixes(beam, alpha):
+    found = searched(beam, alpha)
     for i in range(N):
-        expected = beam_by_hand(functools.partial(log_p, i), beam, int(LIMITS[i]), 0.6)
+        expected = beam_by_hand(functools.partial(log_p, i), beam, int(LIMITS[i]), alpha)
         count = len(expected)
         np.testing.assert_allclose(found.scores[i, :count], [s for s, _ in expected], rtol=1e-5)
         assert np.isneginf(found.scores[i, count:]).all()

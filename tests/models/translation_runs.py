@@ -78,3 +78,7 @@ def every_sequence(log_p, vocabulary, limit, alpha):
 
 def unpadded(row):
     return tuple(int(token) for token in row if token != PAD)
+
+
+def tokens(*shape, seed=0):
+    return np.random.default_rng(seed).integers(EOS + 1, SIZE.vocabulary, shape).astype(np.int32)
