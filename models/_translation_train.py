@@ -106,7 +106,7 @@ def accumulated(
         value, gradient, rest = carry
 
         def of(params: Any) -> tuple[jax.Array, Any]:
-            model = nnx.merge(graph, params, rest)
+            model = nnx.merge(graph, params, rest, copy=True)  # variables of this trace
             return loss(model, part), nnx.state(model, nnx.Not(nnx.Param))
 
         (more, rest), other = jax.value_and_grad(of, has_aux=True)(params)

@@ -11,7 +11,7 @@ from models._translation_size import Size
 
 TINY = shlex.split(
     "--tokens bytes --longest 12 --width 16 --hidden 32 --layers 1 --heads 2 --block 4 --steps 6 "
-    "--batch_tokens 48 --buckets 1 --beam 2 --measure_every 3 --checkpoint_every 2 "
+    "--batch_tokens 48 --buckets 1 --accumulate 2 --beam 2 --measure_every 3 --checkpoint_every 2 "
     "--learning_rates 0.01"
 )
 SIZE = Size(12, 16, 24, layers=1, heads=2, longest=32, attention_block=4, dropout=0.0)
