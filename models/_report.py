@@ -202,7 +202,7 @@ def save_images(
         axes.set_title(name)
         axes.axis("off")
     figure.tight_layout()
-    _save(path, figure)
+    save_figure(path, figure)
 
 
 def _cell(value: Any) -> str:
