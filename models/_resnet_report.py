@@ -87,8 +87,11 @@ def save_curves(path: str, results: Results) -> None:
         wrong[name] = (measured[0, :, 0], 100 * (1 - measured[:, :, 1].mean(0)))
     plot.curves(losses, axes[0], "Training loss", x="epoch", y="mean of the epoch")
     plot.curves(wrong, axes[1], "Images not trained on", x="epoch", y="% wrong, averaged weights")
-    for one in axes:
-        one.set_ylim(0)
+    for one, lines in zip(axes, (losses, wrong), strict=True):
+        # what the networks begin with would press everything else to the ground
+        halfway = max(float(values[len(values) // 2]) for _, values in lines.values())
+        highest = max(float(values.max()) for _, values in lines.values())
+        one.set_ylim(0, min(4 * halfway, 1.05 * highest) or 1)
     figure.savefig(path, dpi=160)
     pyplot.close(figure)
 
