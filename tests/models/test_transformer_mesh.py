@@ -135,9 +135,9 @@ SAMPLED = "--sparse none --sample 0.5"
 @pytest.mark.parametrize(
     ("line", "name", "data", "model"),
     [
-        (SPARSE, "sparse", 8, 1),
+        slow(SPARSE, "sparse", 8, 1),
         (SPARSE, "sparse", 2, 2),
-        ("", "dense", 1, 2),
+        slow("", "dense", 1, 2),
         slow("", "sparse", 2, 2),
         slow(f"{GATED} --density 0.5", "sparse", 2, 2),
         slow(f"{GATED} --density 0.5 --remat", "dense", 4, 2),
