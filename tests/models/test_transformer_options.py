@@ -168,6 +168,7 @@ def test_generated_text_is_that_of_the_full_pass_and_goes_on_behind_the_cache():
 # ------------------------------------------------------------------------------------- the rest
 
 
+@pytest.mark.slow
 def test_a_gated_model_has_as_many_parameters_and_a_gate():
     c = flags("--gated")
     sparse = transformer.wide(c)
@@ -199,6 +200,7 @@ def test_which_layers_are_sparse_and_that_the_others_are_sampled(line, kinds):
     assert type(model.head) is nnx.Linear
 
 
+@pytest.mark.slow
 def test_a_sampled_model_samples_in_training_and_is_exact_after_it():
     c = flags("--sparse none --sample 0.5")
     size = transformer.wide(c)
@@ -219,7 +221,8 @@ def gradient(model, data):
     return value, found, nnx.state(model, nnx.RngState)
 
 
-@pytest.mark.parametrize("line", ["--attention window", slow("--sparse mlp --sample 0.5")])
+@pytest.mark.slow
+@pytest.mark.parametrize("line", ["--attention window", "--sparse mlp --sample 0.5"])
 def test_remat_changes_no_gradient(line):
     models = [nnx.clone(model_of(f"{line} {more}")) for more in ("", "--remat")]
     (one, first, left), (two, second, right) = (gradient(m, some(6, L + 1)) for m in models)
@@ -276,10 +279,10 @@ def test_bfloat16_is_computed_in_and_float32_is_kept(line):
     assert logits.dtype == jnp.float32
     # some ten products one after another, each rounded to 8 bits
     assert 0 < jnp.abs(logits - want).max() < 10 * 2**-8 * jnp.abs(want).max()
-    losses = [transformer.train_step(*run, some(2, L + 1)) for _ in range(2)]
-    assert np.isfinite(losses).all()
-    for leaf in jax.tree.leaves(nnx.state(run)):
+    for leaf in jax.tree.leaves(nnx.state(run)):  # moments too
         assert leaf.dtype in (jnp.float32, jnp.int32, jnp.uint32)
+    gradients = nnx.eval_shape(nnx.grad(mean_bits), run.model, some(2, L + 1))
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
 
 
 MISTAKES = {
