@@ -62,7 +62,9 @@ def windows(rows=8):
 # ------------------------------------------------------------------------------------ the parts
 
 
-@pytest.mark.parametrize(("line", "name"), [("", "dense"), ("", "sparse"), (SPARSE, "sparse")])
+@pytest.mark.parametrize(
+    ("line", "name"), [slow("", "dense"), ("", "sparse"), slow(SPARSE, "sparse")]
+)
 def test_what_is_spread_is_gathered_exactly(line, name):
     c = flags(line, 2, 2)
     team, runs = started(c, name)
@@ -135,9 +137,9 @@ SAMPLED = "--sparse none --sample 0.5"
 @pytest.mark.parametrize(
     ("line", "name", "data", "model"),
     [
-        (SPARSE, "sparse", 8, 1),
+        slow(SPARSE, "sparse", 8, 1),
         (SPARSE, "sparse", 2, 2),
-        ("", "dense", 1, 2),
+        slow("", "dense", 1, 2),
         slow("", "sparse", 2, 2),
         slow(f"{GATED} --density 0.5", "sparse", 2, 2),
         slow(f"{GATED} --density 0.5 --remat", "dense", 4, 2),
@@ -213,7 +215,7 @@ def stopped_run(c, folder, steps):
 
 def whole_run(c, folder):
     """(losses, state) of a run to its end."""
-    team, runs = started(c)
+    team, runs = started(dataclasses.replace(c, resume=False))  # which compiles once for both
     losses = transformer.train(c, Text, runs, Checkpoints(folder, {}), team)["sparse"]
     return losses, nnx.state(runs["sparse"])
 

@@ -136,7 +136,12 @@ def test_causal_blocks_are_the_attention_of_the_dense_model():
 
 @pytest.mark.parametrize(
     "attention",
-    ["window", "strided --per_head", slow("bigbird --random_blocks 1"), slow("fixed --summary 1")],
+    [
+        "window",
+        slow("strided --per_head"),
+        slow("bigbird --random_blocks 1"),
+        slow("fixed --summary 1"),
+    ],
 )
 def test_the_future_changes_nothing_and_decoding_is_the_full_pass(attention):
     model = model_of(f"--attention {attention} --length 16")
@@ -152,6 +157,7 @@ def test_the_future_changes_nothing_and_decoding_is_the_full_pass(attention):
     np.testing.assert_allclose(got, want, atol=3e-5)
 
 
+@pytest.mark.slow
 def test_generated_text_is_that_of_the_full_pass_and_goes_on_behind_the_cache():
     model = model_of("--attention window --length 16")
     how = {"length": L, "temperature": 0.0, "seed": 0}
@@ -162,6 +168,7 @@ def test_generated_text_is_that_of_the_full_pass_and_goes_on_behind_the_cache():
 # ------------------------------------------------------------------------------------- the rest
 
 
+@pytest.mark.slow
 def test_a_gated_model_has_as_many_parameters_and_a_gate():
     c = flags("--gated")
     sparse = transformer.wide(c)
@@ -193,6 +200,7 @@ def test_which_layers_are_sparse_and_that_the_others_are_sampled(line, kinds):
     assert type(model.head) is nnx.Linear
 
 
+@pytest.mark.slow
 def test_a_sampled_model_samples_in_training_and_is_exact_after_it():
     c = flags("--sparse none --sample 0.5")
     size = transformer.wide(c)
@@ -204,16 +212,20 @@ def test_a_sampled_model_samples_in_training_and_is_exact_after_it():
     np.testing.assert_allclose(call(model, some()), call(exact, some()), atol=1e-5)
 
 
+value_and_grad = nnx.jit(nnx.value_and_grad(mean_bits))
+
+
 def gradient(model, data):
     """With the state that sampling leaves behind."""
-    value, found = nnx.jit(nnx.value_and_grad(mean_bits))(model, data)
+    value, found = value_and_grad(model, data)
     return value, found, nnx.state(model, nnx.RngState)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", ["--attention window", "--sparse mlp --sample 0.5"])
 def test_remat_changes_no_gradient(line):
     models = [nnx.clone(model_of(f"{line} {more}")) for more in ("", "--remat")]
-    (one, first, left), (two, second, right) = (gradient(m, some(2, L + 1)) for m in models)
+    (one, first, left), (two, second, right) = (gradient(m, some(6, L + 1)) for m in models)
     assert one == two
     for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
@@ -248,6 +260,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
         np.testing.assert_allclose(a, b, atol=2e-6, rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_an_accumulated_sample_is_another_in_each_part():
     model = nnx.clone(model_of("--sparse none --sample 0.5"))
     before = int(model.blocks[0].up.rngs.count[...])
@@ -266,10 +279,10 @@ def test_bfloat16_is_computed_in_and_float32_is_kept(line):
     assert logits.dtype == jnp.float32
     # some ten products one after another, each rounded to 8 bits
     assert 0 < jnp.abs(logits - want).max() < 10 * 2**-8 * jnp.abs(want).max()
-    losses = [transformer.train_step(*run, some(2, L + 1)) for _ in range(2)]
-    assert np.isfinite(losses).all()
-    for leaf in jax.tree.leaves(nnx.state(run)):
+    for leaf in jax.tree.leaves(nnx.state(run)):  # moments too
         assert leaf.dtype in (jnp.float32, jnp.int32, jnp.uint32)
+    gradients = nnx.eval_shape(nnx.grad(mean_bits), run.model, some(2, L + 1))
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
 
 
 MISTAKES = {
