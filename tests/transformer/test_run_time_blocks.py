@@ -192,6 +192,27 @@ def test_linen():
         oracle.assert_close(y, want[:, part], TERMS)
 
 
+@pytest.mark.slow
+def test_leading_axes_vmap_and_bfloat16():
+    layer = make(**CASES["grouped heads"][0])
+    want = full(layer, X)
+    oracle.assert_close(full(layer, X[0]), want[0], TERMS)
+    oracle.assert_close(full(layer, X[None]), want[None], TERMS)
+    over = nnx.jit(nnx.vmap(lambda layer, x: layer(x), in_axes=(None, 0)))
+    oracle.assert_close(over(layer, X), want, TERMS)
+    layer.init_cache(X[0].shape)
+    for part in (slice(0, 13), slice(13, 14)):
+        oracle.assert_close(decode(layer, X[0, part]), want[0, part], TERMS)
+    low = make(**CASES["grouped heads"][0], dtype=jnp.bfloat16)
+    y = full(low, X)
+    assert y.dtype == jnp.bfloat16
+    low.init_cache(X.shape)
+    assert (low.cached_key.dtype, low.cached_mean.dtype) == (jnp.bfloat16, jnp.float32)
+    got = decode(low, X[:, :13])
+    # what is attended to, a projection and its bias, in both; they choose by the same numbers
+    oracle.assert_close(got, y[:, :13], TERMS, roundings=2 * 3)
+
+
 def test_errors():
     error = functools.partial(assert_raises, error=ValueError)
     error(
