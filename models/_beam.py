@@ -67,9 +67,9 @@ class State(NamedTuple):
     i: jax.Array
     live: jax.Array  # [n, beam, 1 + length], BOS first
     live_log_p: jax.Array  # [n, beam]
-    done: jax.Array  # like `live`
+    found: jax.Array  # like `live`
     scores: jax.Array  # [n, beam]
-    ended: jax.Array  # [n], how many sequences have ended
+    done: jax.Array  # [n]
     cache: Any
 
 
@@ -86,14 +86,14 @@ def search(
     """Beam search for `n` sources; the cache is for `n * beam` sequences, those of a source beside
     each other.
 
-    Of all continuations of the live sequences the `2 beam` likeliest are looked at. Those of the
-    first `beam` that end are found; the likeliest `beam` that do not end are live in the next step.
-    A source is done when `beam` sequences were found, so that beam 1 is greedy search. Token
+    Of all continuations of the live sequences the `beam` likeliest are kept; those that end are
+    found, the others are live in the next step. A source is done when nothing live can have a
+    better score than the best one found, whatever follows, so that beam 1 is greedy search. Token
     `limits[n]` of a sequence can only be EOS. What is found is ordered by log p / penalty.
     """
 
     def goes_on(s: State) -> jax.Array:
-        return (s.i < length) & (s.ended < beam).any()
+        return (s.i < length) & ~s.done.all()
 
     def body(s: State) -> State:
         logits, cache = step(s.cache, s.live[:, :, s.i].reshape(n * beam))
@@ -101,37 +101,33 @@ def search(
         v = more.shape[-1]
         last = (s.i + 1 >= limits)[:, None, None] & (jnp.arange(v) != EOS)[None, None]
         total = s.live_log_p[..., None] + jnp.where(last, NEVER, more)
-        best, at = lax.top_k(total.reshape(n, beam * v), min(2 * beam, beam * v))
+        best, at = lax.top_k(total.reshape(n, beam * v), beam)
         parent, token = at // v, (at % v).astype(jnp.int32)
-        grown = jnp.take_along_axis(s.live, parent[..., None], axis=1)
-        grown = grown.at[:, :, s.i + 1].set(token)
+        live = jnp.take_along_axis(s.live, parent[..., None], axis=1)
+        live = live.at[:, :, s.i + 1].set(token)
 
-        ends = (token == EOS) & jnp.isfinite(best)
-        found = ends & (jnp.arange(best.shape[1]) < beam)[None] & (s.ended < beam)[:, None]
-        scores = jnp.where(found, best / penalty(s.i + 1, alpha), NEVER)
+        ends = token == EOS
+        scores = jnp.where(ends & ~s.done[:, None], best / penalty(s.i + 1, alpha), NEVER)
         scores, order = lax.top_k(jnp.concatenate([s.scores, scores], axis=1), beam)
-        done = jnp.concatenate([s.done, grown], axis=1)
-        done = jnp.take_along_axis(done, order[..., None], axis=1)
+        found = jnp.concatenate([s.found, live], axis=1)
+        found = jnp.take_along_axis(found, order[..., None], axis=1)
 
-        live_log_p, order = lax.top_k(jnp.where(token == EOS, NEVER, best), beam)
-        live = jnp.take_along_axis(grown, order[..., None], axis=1)
-        parent = jnp.take_along_axis(parent, order, axis=1)
         rows = (parent + beam * jnp.arange(n)[:, None]).reshape(-1)
         cache = jax.tree.map(lambda leaf: leaf[rows] if leaf.ndim else leaf, cache)
-        # a source without anything live is done
-        none = ~jnp.isfinite(live_log_p).any(1)
-        ended = jnp.where(none, beam, s.ended + found.sum(1, dtype=jnp.int32))
-        return State(s.i + 1, live, live_log_p, done, scores, ended, cache)
+        # log p only falls, and no penalty is greater than that of the longest sequence
+        live_log_p = jnp.where(ends, NEVER, best)
+        done = s.done | (scores[:, 0] >= live_log_p.max(1) / penalty(limits, alpha))
+        return State(s.i + 1, live, live_log_p, found, scores, done, cache)
 
     live = jnp.full((n, beam, length + 1), PAD, jnp.int32)
     start = State(
         i=jnp.int32(0),
         live=live.at[:, :, 0].set(BOS),
         live_log_p=jnp.full((n, beam), NEVER).at[:, 0].set(0.0),
-        done=live,
+        found=live,
         scores=jnp.full((n, beam), NEVER),
-        ended=jnp.zeros(n, jnp.int32),
+        done=jnp.zeros(n, bool),
         cache=cache,
     )
     end = lax.while_loop(goes_on, body, start)
-    return Found(end.done[:, :, 1:], end.scores)
+    return Found(end.found[:, :, 1:], end.scores)

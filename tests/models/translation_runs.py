@@ -51,11 +51,11 @@ def beam_by_hand(log_p, beam, limit, alpha):
                 banned = token in (PAD, BOS) or (length == limit and token != EOS)
                 if not banned:
                     grown.append((total + float(more), (*prefix, token)))
-        best = sorted(grown, key=lambda one: -one[0])[: 2 * beam]
-        ended = [(t / lp(length, alpha), p[1:]) for t, p in best[:beam] if p[-1] == EOS]
-        found += ended
-        live = [one for one in best if one[1][-1] != EOS][:beam]
-        if len(found) >= beam or not live:
+        best = sorted(grown, key=lambda one: -one[0])[:beam]
+        found += [(t / lp(length, alpha), p[1:]) for t, p in best if p[-1] == EOS]
+        live = [one for one in best if one[1][-1] != EOS]
+        can_be = max((total / lp(limit, alpha) for total, _ in live), default=-np.inf)
+        if found and max(found)[0] >= can_be:
             break
     return sorted(found, key=lambda one: -one[0])[:beam]
 
