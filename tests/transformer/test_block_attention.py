@@ -47,8 +47,8 @@ def test_rotary_grouped_heads_and_sinks():
     compare(layer, oracle.elements(STREAMING, HEADS, LENGTH), positions=positions)
 
 
-def test_a_softcap():
-    layer = make(mask=STREAMING, softcap=0.5)
+def test_a_softcap_and_dropout_alone():
+    layer = make(mask=STREAMING, softcap=0.5, dropout_rate=0.5)
     q, k, v = (
         oracle.linear(one, X).reshape(N, LENGTH, HEADS, 8)
         for one in (layer.query, layer.key, layer.value)
@@ -56,7 +56,11 @@ def test_a_softcap():
     seen = oracle.elements(STREAMING, HEADS, LENGTH)
     y = in_numpy(q, k, v, q, seen, softcap=0.5).out.reshape(N, LENGTH, 32)
     want = oracle.linear(layer.out, jnp.asarray(y, jnp.float32))
-    oracle.assert_close(nnx.jit(lambda layer: layer(X))(layer), want, TERMS)
+    run = nnx.jit(lambda layer, off: layer(X, deterministic=off), static_argnums=1)
+    oracle.assert_close(run(layer, True), want, TERMS)
+    first, second = run(layer, False), run(layer, False)
+    assert float(jnp.abs(first - want).max()) > 0.01
+    assert not np.array_equal(first, second)
 
 
 def test_memory_and_a_mask_for_each_head():
