@@ -1,7 +1,7 @@
 """An encoder-decoder Transformer learns to translate: dense, block-sparse or sampled.
 
     python -m models.translation --help
-    python -m models.translation                                # numbers in words, two minutes
+    python -m models.translation                                # numbers in words, three minutes
     python -m models.translation --train a.de a.en --valid b.de b.en --test c.de c.en
     python -m models.translation --compare --density 0.5 --fraction 0.75 ...
     python -m models.translation --translate FILE ...           # with what was trained
