@@ -1,7 +1,7 @@
 """An encoder-decoder Transformer learns to translate: dense, block-sparse or sampled.
 
     python -m models.translation --help
-    python -m models.translation                                # numbers in words, three minutes
+    python -m models.translation                                # numbers in words, two minutes
     python -m models.translation --train a.de a.en --valid b.de b.en --test c.de c.en
     python -m models.translation --compare --density 0.5 --fraction 0.75 ...
     python -m models.translation --translate FILE ...           # with what was trained
@@ -74,7 +74,7 @@ class Config:
         "float32", "to compute in; parameters are float32", choices=("float32", "bfloat16")
     )
     remat: bool = option(False, "compute again in the backward pass, to save memory")
-    steps: int = option(700, "of training", least=1)
+    steps: int = option(500, "of training", least=1)
     batch_tokens: int = option(1024, "of the longer side of a batch, padding included", least=8)
     buckets: int = option(3, "shapes of batches", least=1)
     accumulate: int = option(1, "parts of a batch that are computed one after another", least=1)
