@@ -74,7 +74,7 @@ class Config:
         "float32", "to compute in; parameters are float32", choices=("float32", "bfloat16")
     )
     remat: bool = option(False, "compute again in the backward pass, to save memory")
-    steps: int = option(700, "of training", least=1)
+    steps: int = option(500, "of training", least=1)
     batch_tokens: int = option(1024, "of the longer side of a batch, padding included", least=8)
     buckets: int = option(3, "shapes of batches", least=1)
     accumulate: int = option(1, "parts of a batch that are computed one after another", least=1)
