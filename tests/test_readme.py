@@ -14,6 +14,7 @@ PAGES = ("products", "sampling", "modules", "kernels", "attention")
 
 
 @pytest.mark.parametrize("name", ["README.md", *(f"docs/{page}.md" for page in PAGES)])
+@pytest.mark.usefixtures("quick_compilations")
 def test_the_examples_run(name):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
     assert len(blocks) >= 2
