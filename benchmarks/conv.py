@@ -22,7 +22,7 @@ import bsjax
 from benchmarks import _flags as flags
 from benchmarks import _products as products
 from benchmarks._conv_cases import LAYERS, QUICK, Case, Layer, cases, goal
-from benchmarks._products import DENSE, PRODUCTS, Programs, Record, Runner
+from benchmarks._products import DENSE, PRODUCTS, Programs, Record
 from benchmarks._record import JsonLines, environment
 from benchmarks._timing import clocked
 
@@ -132,29 +132,12 @@ def measure(
     jobs |= {(which, DENSE): (_product(which, full), inputs[0]) for which in PRODUCTS}
     compiled = programs.compile(jobs)
     want = reference(case, programs, *sparse[0])
+    clock = functools.partial(clocked, budget=budget, rounds=rounds)
+    options = {"describe": describe, "terms": terms, "goal": goal, "clock": clock}
     for which in PRODUCTS:
         ready = {name: compiled[which, name] for name in (*names, DENSE)}
-        ran = {name: products.what_ran(name, ready) for name in case.implementations}
-        wrong = {
-            name: products.differs(
-                ready[name](*sparse[0]), want[which], case.dtype, terms(case, which)
-            )
-            for name in set(ran.values())
-        }
-        runs = {name: Runner(ready[name], sparse) for name in wrong if not wrong[name]}
-        runs[DENSE] = Runner(ready[DENSE], inputs)
-        times = clocked(runs, budget=budget, rounds=rounds)
-        for name in case.implementations:
-            temporary = products.temporary_bytes(ready[name])
-            timed = not wrong[ran[name]]
-            yield {
-                **describe(case, which, name),
-                "program": ran[name],
-                "temporary_bytes": temporary,
-                "temporary_ratio": products.ratio_to_arguments(temporary, sparse[0]),
-                "refused": wrong[ran[name]],
-                **(products.timing(times, ran[name], goal(case, name)) if timed else {}),
-            }
+        given = (ready, sparse, inputs, want[which])
+        yield from products.outcomes(case, which, *given, **options)
 
 
 def reference(
