@@ -5,6 +5,7 @@ A wrong kernel has no speed: what differs from the reference is reported, and ne
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,19 +30,24 @@ DENSE, RANDOM = "stored dense", "random pattern"
 
 
 class Inputs(NamedTuple):
-    """x, dy and the dense weight w, standard normal."""
+    """x (or images), dy and the dense weight (or kernel) w, standard normal."""
 
     x: jax.Array
     dy: jax.Array
     w: jax.Array
 
 
-@functools.lru_cache(maxsize=1)
 def draws(shape: tuple[int, int], tokens: int, dtype: str, seed: int) -> list[Inputs]:
-    """Several draws of the inputs, shared by the cases of one size."""
-    (k, m), rng = shape, np.random.default_rng(seed)
-    sizes = Inputs((tokens, k), (tokens, m), (k, m))  # pyright: ignore[reportArgumentType]
-    size = sum(a * b for a, b in sizes) * jnp.dtype(dtype).itemsize  # pyright: ignore
+    """Several draws of the inputs of a product."""
+    k, m = shape
+    return drawn(((tokens, k), (tokens, m), (k, m)), dtype, seed)
+
+
+@functools.lru_cache(maxsize=1)
+def drawn(sizes: tuple[tuple[int, ...], ...], dtype: str, seed: int) -> list[Inputs]:
+    """Several draws of inputs of these sizes, shared by the cases that have them."""
+    rng = np.random.default_rng(seed)
+    size = sum(map(math.prod, sizes)) * jnp.dtype(dtype).itemsize
     count = int(np.clip(np.ceil(CACHE / size), 2, 8))
     normal = functools.partial(rng.standard_normal, dtype=np.float32)
     return [Inputs(*(jnp.asarray(normal(s), dtype) for s in sizes)) for _ in range(count)]

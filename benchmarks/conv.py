@@ -12,7 +12,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ import bsjax
 from benchmarks import _flags as flags
 from benchmarks import _products as products
 from benchmarks._conv_cases import LAYERS, QUICK, Case, Layer, cases, goal
-from benchmarks._products import DENSE, PRODUCTS, Programs, Record
+from benchmarks._products import DENSE, PRODUCTS, Inputs, Programs, Record
 from benchmarks._record import JsonLines, environment
 from benchmarks._timing import clocked
 
@@ -61,27 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if any(one["refused"] for one in records) else status
 
 
-class Inputs(NamedTuple):
-    """An image, dy and the dense kernel, standard normal."""
-
-    x: jax.Array
-    dy: jax.Array
-    w: jax.Array
-
-
-@functools.lru_cache(maxsize=1)
 def draws(layer: Layer, dtype: str, seed: int) -> list[Inputs]:
-    """Several draws of the inputs, shared by the cases of one layer."""
-    (k, m), rng, side = layer.channels, np.random.default_rng(seed), layer.side_out
+    """Several draws of images, dy and the dense kernel."""
+    (k, m), side = layer.channels, layer.side_out
     shapes = (
         (layer.images, layer.side, layer.side, k),
         (layer.images, side, side, m),
         (layer.window, layer.window, k, m),
     )
-    size = sum(map(np.prod, shapes)) * jnp.dtype(dtype).itemsize
-    count = int(np.clip(np.ceil(products.CACHE / size), 2, 8))
-    normal = functools.partial(rng.standard_normal, dtype=np.float32)
-    return [Inputs(*(jnp.asarray(normal(one), dtype) for one in shapes)) for _ in range(count)]
+    return products.drawn(shapes, dtype, seed)
 
 
 def stored(w: jax.Array, p: bsjax.BlockPattern) -> jax.Array:
