@@ -227,9 +227,7 @@ def describe(case: Case, product: str, implementation: str) -> Record:
     }
 
 
-def timing(
-    times: dict[str, np.ndarray], name: str, wanted: float | None, clock: str = "wall"
-) -> Record:
+def timing(times: dict[str, np.ndarray], name: str, wanted: float | None, clock: str) -> Record:
     """Medians and quartiles of one run, and of its pairs with the stored dense weight."""
     record: Record = {"clock": clock} | beside(times[name], times[DENSE])
     if RANDOM in times and name == "xla":
