@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import bsjax
-from benchmarks._timing import clocked, spread
+from benchmarks._timing import beside, clocked
 from bsjax import masks
 
 type Record = dict[str, Any]
@@ -170,16 +170,8 @@ def _timed(pair: Any, args: Any, made: Made, rounds: int | None, budget: float) 
         "ours": lambda i: ours(*args, made.p, made.full),
         "dense": lambda i: dense(*args),
     }
-    times = clocked(runs, rounds=rounds, budget=budget)
-    ratio = spread(times["ours"] / times["dense"])
-    return {
-        "ms": 1e3 * spread(times["ours"]).median,
-        "dense_ms": 1e3 * spread(times["dense"]).median,
-        "ratio": ratio.median,
-        "ratio_low": ratio.low,
-        "ratio_high": ratio.high,
-        "rounds": len(times["ours"]),
-    }
+    clock, times = clocked(runs, rounds=rounds, budget=budget)
+    return {"clock": clock} | beside(**times)
 
 
 def wrong(

@@ -17,8 +17,8 @@ import bsjax
 from benchmarks import _attention as suite
 from benchmarks import _gpu_kernels as kernels
 from benchmarks._attention import FORWARD, WHAT, Case, Made, Record
-from benchmarks._timing import spread
-from benchmarks.peers import race, relative
+from benchmarks._timing import beside
+from benchmarks.peers import race, relative, timed
 
 type Run = Callable[[], Any]  # y, or (y, dq, dk, dv)
 
@@ -165,34 +165,21 @@ def measure(
             yield about | {"what": what, "skipped": kernels.said(error)}
         return
     want = wanted(made if found.sparse else whole(case, made), args)
-    for what in WHAT:
-        times, reasons = {}, []
-        for form, run in found.forms[what].items():
-            try:
-                got = run()
-                got = map(found.host, (got,) if what == FORWARD else got)
-                if reason := next(filter(None, map(relative, got, want)), None):
-                    reasons.append(f"{form}: {reason}")
-                    continue
-                one = race({form: run, "dense": found.dense[what]}, found.wait)
-            except Exception as error:
-                reasons.append(f"{form}: {kernels.said(error)}")
-                continue
-            times[form] = one
-        if not times:
-            skipped = "; ".join(reasons) or "it has no such pass"
-            yield about | {"what": what, "skipped": skipped}
-            continue
-        best = min(times, key=lambda form: float(np.median(times[form][form])))
-        ours, dense = times[best][best], times[best]["dense"]
-        ratio = spread(ours / dense)
-        yield about | {
-            "what": what,
-            "program": best,
-            "reasons": reasons,
-            "ms": 1e3 * spread(ours).median,
-            "dense_ms": 1e3 * spread(dense).median,
-            "ratio": ratio.median,
-            "ratio_low": ratio.low,
-            "ratio_high": ratio.high,
-        }
+    yield from (about | {"what": what} | _timed(what, found, want) for what in WHAT)
+
+
+def _timed(what: str, found: Attention, want: tuple[np.ndarray, ...]) -> Record:
+    """The fastest form of a pass that is right, or why there is none."""
+
+    def wrong(got: Any) -> str | None:
+        got = map(found.host, (got,) if what == FORWARD else got)
+        return next(filter(None, map(relative, got, want)), None)
+
+    def clock(run: Run) -> Record:
+        return beside(**race({"ours": run, "dense": found.dense[what]}, found.wait))
+
+    times, reasons = timed(found.forms[what], wrong, clock)
+    if not times:
+        return {"skipped": "; ".join(reasons) or "it has no such pass"}
+    best = min(times, key=lambda form: times[form]["ms"])
+    return {"program": best, "reasons": reasons} | times[best]

@@ -72,11 +72,11 @@ LAYERS = (
     _wrn(16, 320, 640, 2),
     _wrn(8, 640, 640),
 )
-QUICK = tuple(
-    one
-    for one in LAYERS
-    if one in (_resnet(28, 128, 128), _resnet(7, 512, 512), _resnet(56, 128, 128, 3, 2))
-    or one == _wrn(16, 320, 320)
+QUICK = (
+    _resnet(56, 128, 128, 3, 2),
+    _resnet(28, 128, 128),
+    _resnet(7, 512, 512),
+    _wrn(16, 320, 320),
 )
 
 

@@ -3,7 +3,7 @@
 The wall over calls that are queued back to back counts everything that a program makes the GPU do
 and wait for. The host queues a call in some ten microseconds; where a call takes so little itself,
 the sum of its kernels' times counts instead (CUPTI), and gaps between kernels are left out. Every
-record says which, and holds both where both are known.
+record says which; those of products hold both where both are known.
 """
 
 from collections.abc import Callable, Mapping

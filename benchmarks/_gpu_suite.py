@@ -20,7 +20,7 @@ from benchmarks._gpu_clock import Times, measured
 from benchmarks._gpu_floor import Ceilings
 from benchmarks._products import DENSE, Inputs, Programs, Record, Runner
 from benchmarks._sampled_cases import SampledCase
-from benchmarks._timing import spread
+from benchmarks._timing import quartiles
 
 MOSAIC = "mosaic"
 
@@ -162,7 +162,6 @@ def timing(times: Mapping[str, Times], name: str, density: float) -> Record:
     """Medians and quartiles of a run and of the dense product, and what follows from them:
     `ratio` is time over dense time, `efficiency` the FLOP/s of stored blocks over the dense's."""
     ours, dense = times[name], times[DENSE]
-    record: Record = {"clock": ours.clock, "rounds": len(ours.seconds)}
     series = {
         "ms": 1e3 * ours.seconds,
         "dense_ms": 1e3 * dense.seconds,
@@ -174,9 +173,7 @@ def timing(times: Mapping[str, Times], name: str, density: float) -> Record:
         series |= {"kernels_ms": 1e3 * ours.kernels, "dense_kernels_ms": 1e3 * dense.kernels}
     if TWIN in times:
         series["over_twin"] = _quotients(ours.seconds, times[TWIN].seconds)
-    for key, samples in series.items():
-        middle, low, high = spread(samples)
-        record |= {key: middle, f"{key}_low": low, f"{key}_high": high}
+    record: Record = {"clock": ours.clock, "rounds": len(ours.seconds)} | quartiles(series)
     return record | {
         "efficiency": density / record["ratio"],
         "speedup": 1 / record["ratio"],

@@ -49,7 +49,7 @@ def measure_peers(case: Case, programs: Programs, *, seed: int) -> Iterator[Reco
                     peer: lambda _, run=run: run(),
                     products.DENSE: products.Runner(full[product], [inputs]),
                 }
-                record |= products.timing(race(runs, rounds=ROUNDS), peer, None)
+                record |= products.timing(race(runs, rounds=ROUNDS), peer, None, "wall")
             yield record
 
 

@@ -5,6 +5,7 @@ A wrong kernel has no speed: what differs from the reference is reported, and ne
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,30 +18,36 @@ import numpy as np
 import bsjax
 from benchmarks._cases import Case, goal
 from benchmarks._record import cores
-from benchmarks._timing import race, spread
+from benchmarks._timing import beside, quartiles, race
 from bsjax import patterns
 from tests.helpers import tolerance
 
 type Record = dict[str, Any]
+type Runs = Mapping[str, Callable[[int], Any]]
 
 CACHE = 128e6  # inputs rotate through more bytes than a cache holds, as the layers of a model do
 DENSE, RANDOM = "stored dense", "random pattern"
 
 
 class Inputs(NamedTuple):
-    """x, dy and the dense weight w, standard normal."""
+    """x (or images), dy and the dense weight (or kernel) w, standard normal."""
 
     x: jax.Array
     dy: jax.Array
     w: jax.Array
 
 
-@functools.lru_cache(maxsize=1)
 def draws(shape: tuple[int, int], tokens: int, dtype: str, seed: int) -> list[Inputs]:
-    """Several draws of the inputs, shared by the cases of one size."""
-    (k, m), rng = shape, np.random.default_rng(seed)
-    sizes = Inputs((tokens, k), (tokens, m), (k, m))  # pyright: ignore[reportArgumentType]
-    size = sum(a * b for a, b in sizes) * jnp.dtype(dtype).itemsize  # pyright: ignore
+    """Several draws of the inputs of a product."""
+    k, m = shape
+    return drawn(((tokens, k), (tokens, m), (k, m)), dtype, seed)
+
+
+@functools.lru_cache(maxsize=1)
+def drawn(sizes: tuple[tuple[int, ...], ...], dtype: str, seed: int) -> list[Inputs]:
+    """Several draws of inputs of these sizes, shared by the cases that have them."""
+    rng = np.random.default_rng(seed)
+    size = sum(map(math.prod, sizes)) * jnp.dtype(dtype).itemsize
     count = int(np.clip(np.ceil(CACHE / size), 2, 8))
     normal = functools.partial(rng.standard_normal, dtype=np.float32)
     return [Inputs(*(jnp.asarray(normal(s), dtype) for s in sizes)) for _ in range(count)]
@@ -123,23 +130,45 @@ def measure(
     jobs |= {(product, DENSE): (FULL[product], inputs[0]) for product in PRODUCTS}
     compiled = programs.compile(jobs)
     want = reference(programs, *sparse[0])
+    others = twins(case, inputs) if case.pattern == "barabasi_albert" else []
+    options = {"describe": describe, "terms": terms, "goal": goal, "others": others}
+
+    def clock(runs: Runs) -> tuple[str, dict[str, np.ndarray]]:
+        return "wall", race(runs, budget=budget, rounds=rounds)
+
     for product in PRODUCTS:
         ready = {name: compiled[product, name] for name in (*names, DENSE)}
-        yield from _measure(case, product, ready, inputs, sparse, want[product], budget, rounds)
+        given = (ready, sparse, inputs, want[product])
+        yield from outcomes(case, product, *given, clock=clock, **options)
 
 
-def _measure(case, product, programs, inputs, sparse, want, budget, rounds) -> Iterator[Record]:
+def outcomes(
+    case: Any,
+    product: str,
+    programs: Mapping[str, Any],
+    sparse: Sequence[tuple[Any, ...]],
+    full: Sequence[tuple[Any, ...]],
+    want: jax.Array,
+    *,
+    describe: Callable[[Any, str, str], Record],
+    terms: Callable[[Any, str], int],
+    goal: Callable[[Any, str], float | None],
+    clock: Callable[[Runs], tuple[str, dict[str, np.ndarray]]],
+    others: Sequence[tuple[Any, ...]] = (),
+) -> Iterator[Record]:
+    """A record of one product for each implementation: what is right is timed beside dense.
+
+    `sparse` and `full` are inputs that rotate, `others` those of a random pattern.
+    """
     ran = {name: what_ran(name, programs) for name in case.implementations}
     wrong = {
         name: differs(programs[name](*sparse[0]), want, case.dtype, terms(case, product))
         for name in set(ran.values())
     }
-    runs: dict[str, Callable[[int], Any]] = {
-        name: Runner(programs[name], sparse) for name in wrong if not wrong[name]
-    }
-    if case.pattern == "barabasi_albert" and "xla" in runs:
-        runs[RANDOM] = Runner(programs["xla"], twins(case, inputs))
-    times = race(runs | {DENSE: Runner(programs[DENSE], inputs)}, budget=budget, rounds=rounds)
+    runs = {name: Runner(programs[name], sparse) for name in wrong if not wrong[name]}
+    if others and "xla" in runs:
+        runs[RANDOM] = Runner(programs["xla"], others)
+    by, times = clock(runs | {DENSE: Runner(programs[DENSE], full)})
     for name in case.implementations:
         temporary = temporary_bytes(programs[name])
         yield {
@@ -148,7 +177,7 @@ def _measure(case, product, programs, inputs, sparse, want, budget, rounds) -> I
             "temporary_bytes": temporary,
             "temporary_ratio": ratio_to_arguments(temporary, sparse[0]),
             "refused": wrong[ran[name]],
-            **({} if wrong[ran[name]] else timing(times, ran[name], goal(case, name))),
+            **({} if wrong[ran[name]] else timing(times, ran[name], goal(case, name), by)),
         }
 
 
@@ -198,19 +227,11 @@ def describe(case: Case, product: str, implementation: str) -> Record:
     }
 
 
-def timing(times: dict[str, np.ndarray], name: str, wanted: float | None) -> Record:
+def timing(times: dict[str, np.ndarray], name: str, wanted: float | None, clock: str) -> Record:
     """Medians and quartiles of one run, and of its pairs with the stored dense weight."""
-    record: Record = {"clock": "wall", "rounds": len(times[name])}
-    series = {
-        "ms": 1e3 * times[name],
-        "dense_ms": 1e3 * times[DENSE],
-        "ratio": times[name] / times[DENSE],
-    }
+    record: Record = {"clock": clock} | beside(times[name], times[DENSE])
     if RANDOM in times and name == "xla":
-        series["over_random"] = times[name] / times[RANDOM]
-    for key, samples in series.items():
-        middle, low, high = spread(samples)
-        record |= {key: middle, f"{key}_low": low, f"{key}_high": high}
+        record |= quartiles({"over_random": times[name] / times[RANDOM]})
     return record | {"goal": wanted, "met": None if wanted is None else record["ratio"] <= wanted}
 
 

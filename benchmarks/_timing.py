@@ -28,6 +28,20 @@ def spread(samples: Any) -> Spread:
     return Spread(*(float(q) for q in np.percentile(samples, [50, 25, 75])))
 
 
+def quartiles(series: Mapping[str, Any]) -> dict[str, float]:
+    """For a record: the median of each under its name, and its quartiles as `_low` and `_high`."""
+    found: dict[str, float] = {}
+    for name, samples in series.items():
+        found[name], found[f"{name}_low"], found[f"{name}_high"] = spread(samples)
+    return found
+
+
+def beside(ours: np.ndarray, dense: np.ndarray) -> dict[str, Any]:
+    """For a record: what the seconds of interleaved pairs of runs say."""
+    series = {"ms": 1e3 * ours, "dense_ms": 1e3 * dense, "ratio": ours / dense}
+    return {"rounds": len(ours)} | quartiles(series)
+
+
 def race(
     runs: Mapping[str, Callable[[int], Any]], *, budget: float = 1.0, rounds: int | None = None
 ) -> dict[str, np.ndarray]:
@@ -52,16 +66,18 @@ def race(
 
 def clocked(
     runs: Mapping[str, Callable[[int], Any]], *, budget: float = 1.0, rounds: int | None = None
-) -> dict[str, np.ndarray]:
-    """`race`, by the clock of the device: on a GPU calls that are queued back to back, or the sum
-    of their kernels' times where calls are short (`_gpu_clock`); as many samples of each run."""
+) -> tuple[str, dict[str, np.ndarray]]:
+    """`race`, by the clock of the device, and what a record calls that: on a GPU calls that are
+    queued back to back ("wall"), or the sum of their kernels' times where calls are short
+    ("kernels", see `_gpu_clock`); as many samples of each run."""
     if jax.default_backend() == "cpu":
-        return race(runs, budget=budget, rounds=rounds)
+        return "wall", race(runs, budget=budget, rounds=rounds)
     from benchmarks import _gpu_clock as gpu
 
     times = gpu.measured(runs, rounds=rounds or gpu.ROUNDS)
     fewest = min(len(one.seconds) for one in times.values())
-    return {name: one.seconds[:fewest] for name, one in times.items()}
+    clock = next(iter(times.values())).clock  # that of all
+    return clock, {name: one.seconds[:fewest] for name, one in times.items()}
 
 
 def seconds(run: Callable[[int], Any], i: int) -> float:

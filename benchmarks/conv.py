@@ -12,7 +12,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ import bsjax
 from benchmarks import _flags as flags
 from benchmarks import _products as products
 from benchmarks._conv_cases import LAYERS, QUICK, Case, Layer, cases, goal
-from benchmarks._products import DENSE, PRODUCTS, Programs, Record, Runner
+from benchmarks._products import DENSE, PRODUCTS, Inputs, Programs, Record
 from benchmarks._record import JsonLines, environment
 from benchmarks._timing import clocked
 
@@ -61,27 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if any(one["refused"] for one in records) else status
 
 
-class Inputs(NamedTuple):
-    """An image, dy and the dense kernel, standard normal."""
-
-    x: jax.Array
-    dy: jax.Array
-    w: jax.Array
-
-
-@functools.lru_cache(maxsize=1)
 def draws(layer: Layer, dtype: str, seed: int) -> list[Inputs]:
-    """Several draws of the inputs, shared by the cases of one layer."""
-    (k, m), rng, side = layer.channels, np.random.default_rng(seed), layer.side_out
+    """Several draws of images, dy and the dense kernel."""
+    (k, m), side = layer.channels, layer.side_out
     shapes = (
         (layer.images, layer.side, layer.side, k),
         (layer.images, side, side, m),
         (layer.window, layer.window, k, m),
     )
-    size = sum(map(np.prod, shapes)) * jnp.dtype(dtype).itemsize
-    count = int(np.clip(np.ceil(products.CACHE / size), 2, 8))
-    normal = functools.partial(rng.standard_normal, dtype=np.float32)
-    return [Inputs(*(jnp.asarray(normal(one), dtype) for one in shapes)) for _ in range(count)]
+    return products.drawn(shapes, dtype, seed)
 
 
 def stored(w: jax.Array, p: bsjax.BlockPattern) -> jax.Array:
@@ -132,29 +120,12 @@ def measure(
     jobs |= {(which, DENSE): (_product(which, full), inputs[0]) for which in PRODUCTS}
     compiled = programs.compile(jobs)
     want = reference(case, programs, *sparse[0])
+    clock = functools.partial(clocked, budget=budget, rounds=rounds)
+    options = {"describe": describe, "terms": terms, "goal": goal, "clock": clock}
     for which in PRODUCTS:
         ready = {name: compiled[which, name] for name in (*names, DENSE)}
-        ran = {name: products.what_ran(name, ready) for name in case.implementations}
-        wrong = {
-            name: products.differs(
-                ready[name](*sparse[0]), want[which], case.dtype, terms(case, which)
-            )
-            for name in set(ran.values())
-        }
-        runs = {name: Runner(ready[name], sparse) for name in wrong if not wrong[name]}
-        runs[DENSE] = Runner(ready[DENSE], inputs)
-        times = clocked(runs, budget=budget, rounds=rounds)
-        for name in case.implementations:
-            temporary = products.temporary_bytes(ready[name])
-            timed = not wrong[ran[name]]
-            yield {
-                **describe(case, which, name),
-                "program": ran[name],
-                "temporary_bytes": temporary,
-                "temporary_ratio": products.ratio_to_arguments(temporary, sparse[0]),
-                "refused": wrong[ran[name]],
-                **(products.timing(times, ran[name], goal(case, name)) if timed else {}),
-            }
+        given = (ready, sparse, inputs, want[which])
+        yield from products.outcomes(case, which, *given, **options)
 
 
 def reference(

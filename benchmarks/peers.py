@@ -27,7 +27,7 @@ from benchmarks._gpu_cases import PRODUCTS, GpuCase
 from benchmarks._gpu_peers import PEERS, Forms, Problem
 from benchmarks._products import Programs, Record
 from benchmarks._record import JsonLines, environment
-from benchmarks._timing import spread
+from benchmarks._timing import beside
 
 CASES = [
     GpuCase(block=(side, side), density=density)
@@ -78,34 +78,38 @@ def measure(
             continue
         runs = {peer: forms.sparse[product][best], products.DENSE: forms.dense[product]}
         times = race(runs, forms.wait)
-        record |= {"program": best, "reasons": reasons, "rounds": ROUNDS}
-        series = {
-            "ms": 1e3 * times[peer],
-            "dense_ms": 1e3 * times[products.DENSE],
-            "ratio": times[peer] / times[products.DENSE],
-        }
-        for key, samples in series.items():
-            middle, low, high = spread(samples)
-            record |= {key: middle, f"{key}_low": low, f"{key}_high": high}
+        record |= {"program": best, "reasons": reasons} | beside(times[peer], times[products.DENSE])
         yield record | {"efficiency": problem.p.density / record["ratio"]}
 
 
 def fastest(forms: Forms, product: str, want: np.ndarray) -> tuple[str | None, list[str]]:
     """The fastest form that is right, and why others are none."""
+    times, reasons = timed(
+        forms.sparse.get(product, {}),
+        lambda got: relative(forms.host(got), want),
+        lambda form: seconds(form, 1, forms.wait),
+    )
+    for name in [name for name, one in times.items() if one > LIMIT]:
+        reasons.append(f"{name}: {times.pop(name):.1f} s, the limit is {LIMIT:g}")
+    return min(times, key=lambda name: times[name], default=None), reasons
+
+
+def timed[T](
+    forms: Mapping[str, Callable[[], Any]],
+    wrong: Callable[[Any], str | None],
+    clock: Callable[[Callable[[], Any]], T],
+) -> tuple[dict[str, T], list[str]]:
+    """What `clock` says of each form whose result is right, and why others have no time."""
     times, reasons = {}, []
-    for name, form in forms.sparse.get(product, {}).items():
+    for name, form in forms.items():
         try:
-            got = forms.host(form())
-            if off := relative(got, want):
+            if off := wrong(form()):
                 reasons.append(f"{name}: {off}")
-                continue
-            times[name] = seconds(form, 1, forms.wait)
+            else:
+                times[name] = clock(form)
         except Exception as error:
             reasons.append(f"{name}: {kernels.said(error)}")
-            continue
-        if times[name] > LIMIT:
-            reasons.append(f"{name}: {times.pop(name):.1f} s, the limit is {LIMIT:g}")
-    return min(times, key=lambda name: times[name], default=None), reasons
+    return times, reasons
 
 
 def relative(got: np.ndarray, want: np.ndarray) -> str | None:

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from bsjax import _layers, ops
+from bsjax.ops._reference import accumulator
 from bsjax.pattern import BlockPattern
 from bsjax.pattern._validate import size
 
@@ -101,8 +102,8 @@ def folded(
     epsilon: float,
 ) -> tuple[Array, Array]:
     """Values and bias of a layer that does what `scale (y - mean) / sqrt(var + epsilon) + offset`
-    does after it, computed in float32 and rounded once."""
-    kept = jnp.promote_types(values.dtype, jnp.float32)
+    does after it, computed in what sums are kept in and rounded once."""
+    kept = accumulator(values)
     mean, var = mean.astype(kept), var.astype(kept)
     factor = 1 / jnp.sqrt(var + epsilon)
     if scale is not None:

@@ -33,5 +33,5 @@ def fastest(spec: Spec, x: Operands, p: Fixed, platform: str) -> str:
 
 
 def runs(spec: Spec, x: Operands, p: Fixed) -> dict[str, Any]:
-    """What runs on each platform, where the platform decides: a kernel is one more of them."""
+    """What runs on each platform, where the platform decides. Kernels run if they are asked for."""
     return {platform: fastest(spec, x, p, platform) for platform in ("cpu", "default")}

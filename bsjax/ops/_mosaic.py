@@ -1,4 +1,5 @@
-"""The one door to the GPU kernels: padding, lists and configurations belong here.
+"""The door to the GPU kernels: padding, lists and configurations belong here, and for convolutions
+and attention in the files of that name beside it.
 
 Kernels take 16-bit operands whose sizes their tiles divide. They are imported when the first of
 them runs: `import bsjax` needs no Pallas.

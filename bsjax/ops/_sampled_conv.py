@@ -209,6 +209,6 @@ def _weights(spec: Spec, key: Array, x: Array, w: Array, scores: Array | None) -
 def _compact(implementation: str, sampler: str, share: float) -> bool:
     """Whether what is sampled is copied, or the rest multiplied by zero."""
     if implementation == "mosaic":
-        refuse(OP, implementation, "there is no kernel for convolutions")
+        refuse(OP, implementation, "there is no kernel for sampled convolutions")
     validate.one_of(OP, "implementation", implementation, IMPLEMENTATIONS)
     return compact(OP, implementation, sampler, share)

@@ -28,7 +28,9 @@ def test_a_run(pattern, tmp_path, capsys):
     for one in records:
         assert (one["refused"], one["skipped"], one["rounds"]) == (None, None, 2)
         assert one["ratio"] > 0
+        assert one["ms_low"] <= one["ms"] <= one["ms_high"]
         assert one["ms"] > 0
+        assert one["clock"] == "wall"
         assert one["stored"] == pytest.approx(0.5, abs=0.1)
         assert one["goal"] is None
     assert "as fast as dense" in capsys.readouterr().out

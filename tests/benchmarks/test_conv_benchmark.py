@@ -34,6 +34,7 @@ def test_a_record_for_each_product_and_implementation(records):
     for one in records:
         json.dumps(one, allow_nan=False)
         assert one["refused"] is None
+        assert one["clock"] == "wall"
         assert one["ratio_low"] <= one["ratio"] <= one["ratio_high"]
         assert one["program"] in ("xla", "dense")
         assert (one["channels"], one["density"], one["block"]) == ([16, 24], 0.5, [8, 8])

@@ -62,6 +62,7 @@ def test_command(tmp_path, capsys):
     ours = train["of"][lstm.SPARSE]
     assert ours["bytes_per_second"] == pytest.approx(3 * 2 / ours["ms"] * 1e3)
     assert ours["width"] == 32
+    assert train["clock"] == product["clock"] == "wall"
     assert (train["goal"], train["met"]) == (None, None)  # not the size that has one
     assert (train["commit"], train["device"]) != (None, None)
     assert "bytes/s" in capsys.readouterr().out

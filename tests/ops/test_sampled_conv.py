@@ -312,7 +312,7 @@ WRONG = {
         lambda: call(X, W, implementation="mosaic"),
         ValueError,
         'sampled_conv: implementation="mosaic" cannot run here: there is no kernel for '
-        "convolutions. " + TAKE_AUTO,
+        "sampled convolutions. " + TAKE_AUTO,
     ),
     "random size": (
         lambda: call(X, W, implementation="xla", sampler="bernoulli"),
