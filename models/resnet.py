@@ -308,9 +308,7 @@ def main(argv: list[str] | None = None) -> int:
             key = settings(config, job, data.images.digest)
             found = runs.get(key) or train(config, job, data)
             if found is None:
-                again = cli.shell_command("models.resnet", dataclasses.replace(given, resume=True))
-                print(f"Stopped. The checkpoint is in {checkpoints}; go on with\n  {again}")
-                return cli.INTERRUPTED
+                return cli.stopped("models.resnet", given, f"The checkpoint is in {checkpoints}")
             if not runs.get(key):
                 runs.add(key, found, where)
             results[name].append(found)

@@ -230,9 +230,9 @@ def main(argv: list[str] | None = None) -> int:
         with CtrlC() as stop:
             found = experiment(Bench(config, text, runs, where), stop)
     except Stopped:
-        again = cli.shell_command("models.translation", dataclasses.replace(config, resume=True))
-        print(f"Stopped. Results and checkpoints are in {config.out}; go on with\n  {again}")
-        return cli.INTERRUPTED
+        return cli.stopped(
+            "models.translation", config, f"Results and checkpoints are in {config.out}"
+        )
     report(config, text.corpus, found, where)
     return 0
 
