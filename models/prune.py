@@ -143,6 +143,7 @@ def own(config: Config, text: texts.Text) -> Decoder:
     decoder = _decoders.start(flags, config.width)._replace(
         trained_on=text.digest, batches=config.train_steps
     )
+    pruning.weights(decoder.model, config.block)  # whether blocks fit, before it is trained
     rate, steps = config.train_learning_rate, config.train_steps
     fit(config, decoder.model, text, rate=rate, steps=steps, first=0, name="training dense")
     return decoder
