@@ -53,6 +53,10 @@ class CtrlC:
         os.write(2, b"\nstopping after this step (Ctrl-C again: at once, without a checkpoint)\n")
 
 
+class Stopped(Exception):
+    """Ctrl-C ended a run, whose result is missing."""
+
+
 class Progress:
     """A bar with a note, tokens per second and the time left; where it cannot be redrawn, lines."""
 

@@ -15,7 +15,7 @@ from models._buckets import Batches
 from models._cli import Mistake
 from models._parallel_text import EOS, Corpus
 from models._runs import Runs, binned
-from models._train import Checkpoints, CtrlC, Progress, finite
+from models._train import Checkpoints, CtrlC, Progress, Stopped, finite
 from models._translation import Translator
 from models._translation_report import bleu
 from models._translation_size import Size
@@ -43,10 +43,6 @@ class Task(NamedTuple):
     size: Size
     learning_rate: float
     seed: int
-
-
-class Stopped(Exception):
-    """Ctrl-C."""
 
 
 class Bench:

@@ -30,7 +30,7 @@ from models._lstm import Parts, Run, Training, heldout_bits, step_seconds
 from models._recurrent import DENSE, PARAMETERS, SPARSE, Size
 from models._runs import Runs, binned, whereabouts
 from models._small_world_report import Found, report
-from models._train import CtrlC, Progress, output_folder
+from models._train import CtrlC, Progress, Stopped, output_folder
 
 ABOUT = "Compares wide sparse LSTMs with dense ones of equal parameters, over seeds and depths."
 OUT = Path(__file__).parent.parent / "out"
@@ -101,10 +101,6 @@ class Task(NamedTuple):
     learning_rate: float
     seed: int
     steps: int
-
-
-class Stopped(Exception):
-    """Ctrl-C."""
 
 
 @dataclasses.dataclass

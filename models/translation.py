@@ -21,8 +21,8 @@ from models import _translation_size as sizing
 from models._buckets import Batches
 from models._cli import Mistake, option
 from models._runs import Runs, whereabouts
-from models._train import CtrlC, output_folder
-from models._translation_bench import TRANSLATED, Bench, Data, Stopped, Task
+from models._train import CtrlC, Stopped, output_folder
+from models._translation_bench import TRANSLATED, Bench, Data, Task
 from models._translation_report import report
 from models._translation_size import Size
 from models._translation_train import Training
