@@ -276,9 +276,7 @@ def test_a_mistake_is_one_line_that_says_what_to_do(name, folder):
 
 def test_a_block_that_is_too_large_is_told_before_training(folder, monkeypatch):
     monkeypatch.setattr(prune, "fit", None)
-    with pytest.raises(
-        Mistake, match=r"^--block 40 is larger than a side of the layer"
-    ):
+    with pytest.raises(Mistake, match=r"^--block 40 is larger than a side of the layer"):
         run_main([*TINY, "--data", "words.txt", "--out", "out", "--block", "40"])
 
 
