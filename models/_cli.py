@@ -88,6 +88,13 @@ def shell_command(module: str, config: Any) -> str:
     return shlex.join(words)
 
 
+def stopped(module: str, config: Any, where: str) -> int:
+    """Says after Ctrl-C where things are and how to go on; the exit code."""
+    again = shell_command(module, dataclasses.replace(config, resume=True))
+    print(f"Stopped. {where}; go on with\n  {again}")
+    return INTERRUPTED
+
+
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Runs `main`, turns a `Mistake` or Ctrl-C into one line on stderr, and exits."""
     try:

@@ -17,6 +17,7 @@ from flax import nnx
 import bsjax
 import bsjax.nnx
 from models import _sparse_attention as sparse_attention
+from models._train import parameter_count
 
 ORDER = 4  # bytes that one position sees before any attention
 BYTES = 256
@@ -236,6 +237,5 @@ def attention(
 
 
 def parameters(config: Any, size: Size) -> int:
-    """The number of parameters, counted whole: embeddings, gains and biases too."""
-    model = nnx.eval_shape(lambda: Transformer(config, size, nnx.Rngs(0)))
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    """The number of parameters."""
+    return parameter_count(nnx.eval_shape(lambda: Transformer(config, size, nnx.Rngs(0))))

@@ -91,11 +91,6 @@ def save(path: Path, decoder: Decoder) -> None:
     _tensors.write(path, arrays, {KEY: json.dumps(facts)})
 
 
-def parameters(model: Any) -> int:
-    """How many numbers are trained."""
-    return sum(int(np.prod(array.shape)) for array in _parameters(model).values())
-
-
 def _ours(tensors: _tensors.Tensors) -> Decoder:
     try:
         facts = json.loads(tensors.metadata[KEY])

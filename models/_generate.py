@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from models._average import evaluated
 from models._cli import Mistake
-from models._lstm import evaluated
 from models._recurrent import Carry, LanguageModel
 
 DRAWN = -1  # no byte is forced

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from models._average import evaluated, moved, share
 from models._recurrent import Carry, LanguageModel, Size, make
 from models._report import interleaved
 from models._streams import Splits, Streams
@@ -112,17 +113,6 @@ class Run:
         self.average, self.carry = tree["average"], tree["carry"]
 
 
-def evaluated(model: LanguageModel, parameters: dict[str, Any] | None = None) -> LanguageModel:
-    """A copy without dropout, with other parameters if given."""
-    model = nnx.clone(model)
-    if parameters is not None:
-        state = nnx.state(model, nnx.Param)
-        nnx.replace_by_pure_dict(state, jax.tree.map(jnp.copy, parameters))
-        nnx.update(model, state)
-    model.eval()
-    return model
-
-
 def costs(model: LanguageModel, carry: Carry, window: jax.Array) -> tuple[jax.Array, Carry]:
     """(bits [n, l] that each byte of `window[n, 1 + l]` but the first costs, carry)."""
     logits, carry = model(window[:, :-1], carry)
@@ -143,9 +133,7 @@ def train_step(
 ) -> tuple[jax.Array, dict[str, Any], Carry]:
     """(loss, average, carry) after a step on the first `count` bytes of each row of the window.
 
-    The gradient ends where the window begins: truncated backpropagation through time. In step t the
-    share of the new parameters in their average is `1 - decay`, or `9 / (10 + t)` as long as that
-    is more, so that an average after few steps is one of the last tenth of them.
+    The gradient ends where the window begins: truncated backpropagation through time.
     """
 
     def loss(model: LanguageModel) -> tuple[jax.Array, Carry]:
@@ -155,10 +143,8 @@ def train_step(
 
     (value, carry), gradient = nnx.value_and_grad(loss, has_aux=True)(model)
     optimizer.update(model, gradient, rate=rate)
-    share = jnp.maximum(1 - decay, 9 / (9 + optimizer.step[...].astype(jnp.float32)))
     now = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    average = jax.tree.map(lambda new, old: share * new + (1 - share) * old, now, average)
-    return value, average, carry
+    return value, moved(average, now, share(decay, optimizer.step[...])), carry
 
 
 def step_seconds(

@@ -11,8 +11,9 @@ from models import _generate as writing
 from models import _recurrent as recurrent
 from models import _report as report_
 from models import _text as texts
+from models._average import evaluated
 from models._cli import fixed
-from models._lstm import Parts, Run, Training, evaluated, heldout_bits, step_seconds
+from models._lstm import Parts, Run, Training, heldout_bits, step_seconds
 
 
 def report(

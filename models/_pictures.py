@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models import _cifar as cifar
 from models import _decode
-from models import _images as images
+from models import _pixels as pixels
 from models import _report as report
 from models import _text as texts
 from models._cli import Mistake
@@ -40,24 +39,12 @@ class Pictures(NamedTuple):
 def load(where: str) -> Pictures:
     """scikit-learn's "digits" (8 x 8, 17 shades), or those in a folder: MNIST's IDX files, or
     CIFAR-10. Their test images are measured on."""
-    if where == "digits":
-        found = images.load(None, test=True)
-        return _pictures(found, (8, 8, 1), 16)
-    folder = Path(where)
-    if not folder.exists():
-        raise Mistake(f'{folder} does not exist: give a folder with --images, or "digits"')
-    if folder.is_dir() and any(folder.glob("*-idx3-ubyte*")):
-        found = images.load(folder, test=True)
-        return _pictures(found, (*images.sizes(folder), 1), 255)
-    return _pictures(cifar.load(folder, test=True), (32, 32, 3), 255)
-
-
-def _pictures(found: Any, shape: tuple[int, int, int], white: int) -> Pictures:
-    def whole(x: np.ndarray) -> np.ndarray:
-        x = x.reshape(len(x), -1)
-        return x if x.dtype == np.uint8 else np.rint(x * white).astype(np.uint8)
-
-    return Pictures(whole(found.train.x), whole(found.measured.x), shape, white, found.about)
+    path = None if where == "digits" else Path(where)
+    if path is not None and not path.exists():
+        raise Mistake(f'{path} does not exist: give a folder with --images, or "digits"')
+    found = pixels.read(path, test=True)
+    train, heldout = (x.reshape(len(x), -1) for x in (found.train, found.held))
+    return Pictures(train, heldout, found.train.shape[1:], found.levels - 1, found.about)
 
 
 def batch(pictures: Pictures, step: int, *, seed: int, size: int) -> np.ndarray:
@@ -82,11 +69,7 @@ def heldout_bits(model: Any, pictures: Pictures, *, count: int, size: int) -> fl
 
 def position_bits(pictures: Pictures) -> float:
     """Bits per dimension if every byte is drawn alone, as often as at its place in training."""
-    counts = np.ones((pictures.train.shape[1], 256))  # no byte is impossible
-    places = np.arange(pictures.train.shape[1])
-    np.add.at(counts, (places, pictures.train), 1.0)
-    chances = counts / counts.sum(1, keepdims=True)
-    return float(-np.log2(chances[places, pictures.heldout]).mean())
+    return pixels.by_position_bits(pictures.train, pictures.heldout, pixels.BYTES)
 
 
 def material(config: Any, pictures: Pictures) -> Material:

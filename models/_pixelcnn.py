@@ -12,7 +12,6 @@ the way down as on the way up at every scale. After Gray, Radford and Kingma 201
 Block-Sparse Weights", the convolutions of the blocks store some blocks of channels only.
 """
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from jax import Array
 
 import bsjax
 import bsjax.nnx
+from models._decoder import by_fan_in
 from models._logistic import numbers, positions
 
 type Conv = Callable[..., nnx.Module]  # (features in, out, window, gain=1.0, use_bias=True)
@@ -172,12 +172,6 @@ def spread(x: Array) -> Array:
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * h, 2 * w, features // 4)
 
 
-@functools.cache  # models of a size must be made of the same functions, or each compiles
-def by_fan_in(gain: float) -> nnx.Initializer:
-    """Weights that keep the variance of features, times `gain` squared."""
-    return nnx.initializers.variance_scaling(gain**2, "fan_in", "normal")
-
-
 def dense(rngs: nnx.Rngs) -> Callable[..., nnx.Conv]:
     """Convolutions that store every weight."""
 
@@ -227,11 +221,6 @@ def mask(size: Size, k: int, m: int, seed: int) -> np.ndarray:
     groups = bsjax.patterns.block_diagonal((blocks, blocks), round(1 / size.density))
     shuffled = np.random.default_rng(seed).permutation(blocks)
     return np.tile(groups[shuffled], (k, m))
-
-
-def parameters(model: nnx.Module) -> int:
-    """All of them."""
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
 def flops(model: PixelCNN, pixels: int) -> int:

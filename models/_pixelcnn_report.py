@@ -11,12 +11,12 @@ import numpy as np
 from bsjax import plot
 from models import _report as report_
 from models._cli import fixed
-from models._pixelcnn import PixelCNN, flops, parameters, stored_share
+from models._pixelcnn import PixelCNN, flops, stored_share
 from models._pixelcnn_train import Run, draw, held_out_bits
 from models._pixels import Pixels, batch, by_position_bits
-from models._report import pyplot
 from models._runs import Runs, whereabouts
 from models._text import lzma_bits
+from models._train import parameter_count
 
 BITS = "bits/dim"
 
@@ -44,7 +44,7 @@ def report(
         name: {
             "pairs": 2 * model.size.scales * model.size.blocks,
             "stored": stored_share(model),
-            "parameters": parameters(model),
+            "parameters": parameter_count(model),
             "MFLOP/image": flops(model, pixels) / 1e6,
             BITS: bits[name],
             "last weights": last[name],
@@ -79,8 +79,7 @@ def save_curves(path: str, log: Mapping[str, Any], alone: float) -> None:
     report_.label(axes, "each place for itself", alone)
     low = min(min(min(one["losses"]), min(bits for _, bits in one["held"])) for one in log.values())
     axes.set_ylim(0.9 * low, 1.3 * alone)
-    axes.figure.savefig(path, dpi=160)  # pyright: ignore
-    pyplot.close(axes.figure)  # pyright: ignore
+    report_.save_figure(path, axes.figure)
 
 
 def save_samples(path: str, config: Any, data: Pixels, models: Mapping[str, PixelCNN]) -> None:
@@ -89,23 +88,4 @@ def save_samples(path: str, config: Any, data: Pixels, models: Mapping[str, Pixe
     sheets = {"training images": data.train[: config.samples]}
     key = jax.random.key(config.seed)
     sheets |= {name: draw(model, key, config.samples, sides) for name, model in models.items()}
-    figure, all_axes = pyplot.subplots(1, len(sheets), figsize=(3.2 * len(sheets), 3.5))
-    for axes, (name, images) in zip(all_axes, sheets.items(), strict=True):
-        shown = sheet(images) / (data.levels - 1)
-        axes.imshow(shown if shown.shape[-1] == 3 else shown[..., 0], cmap="gray", vmin=0, vmax=1)
-        axes.set_title(name, fontsize=10)
-        axes.axis("off")
-    figure.tight_layout()
-    figure.savefig(path, dpi=160)
-    pyplot.close(figure)
-
-
-def sheet(images: np.ndarray) -> np.ndarray:
-    """`images[n, h, w, c]` side by side, a pixel apart, as near to a square as n allows."""
-    across = math.ceil(math.sqrt(len(images)))
-    rows = math.ceil(len(images) / across)
-    spare = np.zeros((rows * across - len(images), *images.shape[1:]), images.dtype)
-    images = np.pad(np.concatenate([images, spare]), ((0, 0), (0, 1), (0, 1), (0, 0)))
-    h, w, c = images.shape[1:]
-    grid = images.reshape(rows, across, h, w, c).transpose(0, 2, 1, 3, 4)
-    return grid.reshape(rows * h, across * w, c)[:-1, :-1]
+    report_.save_images(path, sheets, data.train.shape[1:], data.levels - 1)

@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 from jax import Array
 
+from models._average import share
 from models._logistic import bits_per_dimension, sample
 from models._pixelcnn import PixelCNN, Size
 
@@ -58,11 +59,7 @@ def adam(training: Training) -> optax.GradientTransformation:
 def train_step(
     graph: Any, training: Training, state: State, rest: Any, x: Array
 ) -> tuple[State, Array]:
-    """(state, mean loss before the step, in bits per dimension).
-
-    In step t the share of the new parameters in their average is `1 - average`, or `9 / (10 + t)`
-    as long as that is more, so that an average after few steps is one of the last tenth of them.
-    """
+    """(state, mean loss before the step, in bits per dimension)."""
     key = jax.random.fold_in(jax.random.key(training.seed), state.step)
 
     def loss(parameters: Any) -> Array:
@@ -73,8 +70,8 @@ def train_step(
     updates, moments = adam(training).update(gradient, state.moments, state.parameters)
     parameters = optax.apply_updates(state.parameters, updates)
     step = state.step + 1
-    share = jnp.maximum(1 - training.average, 9 / (9 + step.astype(jnp.float32)))
-    average = jax.tree.map(lambda new, old: old + share * (new - old), parameters, state.average)
+    part = share(training.average, step)
+    average = jax.tree.map(lambda new, old: old + part * (new - old), parameters, state.average)
     return State(parameters, average, moments, step), value
 
 

@@ -1,6 +1,5 @@
 """Images whose pixels are to be predicted: digits, MNIST, or CIFAR-10, as integer levels."""
 
-import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,26 +24,29 @@ class Pixels(NamedTuple):
 
 
 def load(path: Path | None, *, test: bool) -> Pixels:
+    """The images of `read`, which must be square."""
+    found = read(path, test=test)
+    height, width = found.train.shape[1:3]
+    if height != width:
+        raise Mistake(f"images of {height * width} pixels are no squares: give square ones")
+    return found
+
+
+def read(path: Path | None, *, test: bool) -> Pixels:
     """scikit-learn's digits for None; MNIST from a folder of IDX files; else CIFAR-10.
 
     With `test`, the test images are measured on. Without, some of the training images are.
     """
-    idx = path is not None and path.is_dir() and any(path.glob("*-idx3-ubyte*"))
-    if path is not None and not idx:
+    if path is not None and not (path.is_dir() and any(path.glob("*-idx3-ubyte*"))):
         found = cifar.load(path, test=test)
         return Pixels(found.train.x, found.measured.x, BYTES, found.about, found.digest)
-    levels = BYTES if idx else SMALL
     found = digits.load(path, test=test)
-    train, held = (_squares(split.x, levels) for split in (found.train, found.measured))
+    levels, sizes = (BYTES, digits.sizes(path)) if path else (SMALL, (8, 8))
+    train, held = (
+        np.rint(split.x * (levels - 1)).astype(np.uint8).reshape(len(split.x), *sizes, 1)
+        for split in (found.train, found.measured)
+    )
     return Pixels(train, held, levels, found.about, found.digest)
-
-
-def _squares(x: np.ndarray, levels: int) -> np.ndarray:
-    """Levels of `x[n, side * side]` within 0 and 1."""
-    side = math.isqrt(x.shape[1])
-    if side**2 != x.shape[1]:
-        raise Mistake(f"images of {x.shape[1]} pixels are no squares: give square ones")
-    return np.rint(x * (levels - 1)).astype(np.uint8).reshape(len(x), side, side, 1)
 
 
 def batch(images: np.ndarray, step: int, *, seed: int, size: int) -> np.ndarray:

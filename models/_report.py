@@ -188,21 +188,29 @@ def save_lines(
 def save_images(
     path: Path | str, sets: Mapping[str, np.ndarray], shape: tuple[int, int, int], white: int
 ) -> None:
-    """Squares of images side by side, with their names; a set is `[n, rows * columns * channels]`
-    for a square number n, and `shape` has the three."""
+    """Sheets of images side by side, with their names; a set is `[n, rows * columns * channels]`,
+    or has the three, which are `shape`, as axes."""
     figure, axes_of = pyplot.subplots(1, len(sets), figsize=(4 * len(sets), 4.3), squeeze=False)
     for axes, (name, some) in zip(axes_of[0], sets.items(), strict=True):
-        side, (rows, columns, channels) = math.isqrt(len(some)), shape
-        sheet = some.reshape(side, side, rows, columns, channels)
-        # a line between images
-        sheet = np.pad(sheet, ((0, 0), (0, 0), (0, 1), (0, 1), (0, 0))).swapaxes(1, 2)
-        sheet = sheet.reshape(side * (rows + 1), side * (columns + 1), channels)
-        sheet = np.minimum(sheet / white, 1)
-        axes.imshow(sheet.squeeze(-1) if channels == 1 else sheet, cmap="gray", vmin=0, vmax=1)
+        # a line behind the last ones too: every image has as much room
+        shown = np.pad(sheet(some.reshape(-1, *shape)), ((0, 1), (0, 1), (0, 0)))
+        shown = np.minimum(shown / white, 1)
+        axes.imshow(shown.squeeze(-1) if shape[-1] == 1 else shown, cmap="gray", vmin=0, vmax=1)
         axes.set_title(name)
         axes.axis("off")
     figure.tight_layout()
     save_figure(path, figure)
+
+
+def sheet(images: np.ndarray) -> np.ndarray:
+    """`images[n, h, w, c]` side by side, a pixel apart, as near to a square as n allows."""
+    across = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / across)
+    spare = np.zeros((rows * across - len(images), *images.shape[1:]), images.dtype)
+    images = np.pad(np.concatenate([images, spare]), ((0, 0), (0, 1), (0, 1), (0, 0)))
+    h, w, c = images.shape[1:]
+    grid = images.reshape(rows, across, h, w, c).transpose(0, 2, 1, 3, 4)
+    return grid.reshape(rows * h, across * w, c)[:-1, :-1]
 
 
 def _cell(value: Any) -> str:

@@ -92,8 +92,7 @@ def save_curves(path: str, results: Results) -> None:
         halfway = max(float(values[len(values) // 2]) for _, values in lines.values())
         highest = max(float(values.max()) for _, values in lines.values())
         one.set_ylim(0, min(4 * halfway, 1.05 * highest) or 1)
-    figure.savefig(path, dpi=160)
-    pyplot.close(figure)
+    shared.save_figure(path, figure)
 
 
 def sheet(sizes: Mapping[str, Size], seed: int) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ import optax
 from flax import nnx
 
 from models._augment import Moments
+from models._average import moved, share
 from models._images import Split
 from models._resnet import ResNet, fold
 from models._resnet_plan import Size
@@ -104,10 +105,7 @@ def train_step(
     graph: Graph, training: Training, state: State, moments: Moments, x: jax.Array, y: jax.Array
 ) -> tuple[State, jax.Array]:
     """The state after a step on bytes `x[n, h, w, c]` with labels `y[n]`, and the loss before it.
-
-    In step t the share of the new network in the averaged one, statistics included, is
-    `1 - average`, or `9 / (10 + t)` as long as that is more.
-    """
+    The averaged network has averaged statistics too."""
 
     def loss(parameters: nnx.State) -> tuple[jax.Array, Any]:
         model = nnx.merge(graph, parameters, state.statistics, state.rest, copy=True)
@@ -118,11 +116,9 @@ def train_step(
     (value, (statistics, rest)), gradient = jax.value_and_grad(loss, has_aux=True)(state.parameters)
     updates, optimizer = sgd(training).update(gradient, state.optimizer, state.parameters)
     parameters: Any = optax.apply_updates(state.parameters, updates)
-    share = jnp.maximum(1 - training.average, 9 / (10 + state.step.astype(jnp.float32)))
-    average = jax.tree.map(
-        lambda new, old: share * new + (1 - share) * old, (parameters, statistics), state.average
-    )
-    return State(parameters, statistics, rest, optimizer, average, state.step + 1), value
+    step = state.step + 1
+    average = moved(state.average, (parameters, statistics), share(training.average, step))
+    return State(parameters, statistics, rest, optimizer, average, step), value
 
 
 # -------------------------------------------------------------------------------------- measuring

@@ -10,17 +10,19 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from models._cli import Mistake
 
 CHECKOUT = Path(__file__).parent.parent
 PACKAGES = ("jax", "jaxlib", "optax", "numpy")
+BINS = 200  # numbers that the losses of a run are kept as
 
 
 def whereabouts(command: str) -> dict[str, Any]:
@@ -75,6 +77,18 @@ class Runs:
                     f"line {number} of {self.path} is no result: remove it, or start without "
                     "--resume"
                 ) from None
+
+
+def binned(losses: Sequence[float]) -> list[list[float]]:
+    """`[step, mean]` at the end of each of at most `BINS` parts of the losses; a part with one that
+    is not finite is left out."""
+    bins = np.array_split(np.asarray(losses), min(BINS, len(losses)))
+    ends = np.cumsum([len(one) for one in bins])
+    return [
+        [int(end), float(one.mean())]
+        for end, one in zip(ends, bins, strict=True)
+        if np.isfinite(one).all()
+    ]
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """What every training loop needs: Ctrl-C between steps, checkpoints, and a progress bar."""
 
 import logging
+import math
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import rich.progress as bars
+from flax import nnx
 from rich.console import Console
 
 from bsjax import BlockPattern
@@ -49,6 +51,10 @@ class CtrlC:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         # no print: a signal may arrive in the middle of one
         os.write(2, b"\nstopping after this step (Ctrl-C again: at once, without a checkpoint)\n")
+
+
+class Stopped(Exception):
+    """Ctrl-C ended a run, whose result is missing."""
 
 
 class Progress:
@@ -185,6 +191,12 @@ def is_matrix(path: Any) -> bool:
     """Whether a parameter is neither a bias nor a gain. By name: stacked ones have more axes."""
     names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
     return not {"bias", "scale"} & set(names)
+
+
+def parameter_count(model: Any) -> int:
+    """How many numbers are trained, of an abstract model too: embeddings, gains and biases are
+    among them."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
 def output_folder(path: Path) -> Path:

@@ -14,14 +14,13 @@ from models import _translation_size as sizes
 from models._buckets import Batches
 from models._cli import Mistake
 from models._parallel_text import EOS, Corpus
-from models._runs import Runs
-from models._train import Checkpoints, CtrlC, Progress, finite
+from models._runs import Runs, binned
+from models._train import Checkpoints, CtrlC, Progress, Stopped, finite
 from models._translation import Translator
 from models._translation_report import bleu
 from models._translation_size import Size
 from models._translation_train import Run, heldout_loss, translations
 
-BINS = 200  # numbers that the losses of a run are kept as
 EXAMPLES = 8
 TRANSLATED = 2048  # tokens of sources translated side by side, beams counted
 
@@ -44,10 +43,6 @@ class Task(NamedTuple):
     size: Size
     learning_rate: float
     seed: int
-
-
-class Stopped(Exception):
-    """Ctrl-C."""
 
 
 class Bench:
@@ -109,7 +104,6 @@ class Bench:
         config, data = self.config, self.data
         model, references = run.averaged(), data.corpus.test.target
         shapes = data.train.shape_counts(config.steps)
-        bins = np.array_split(np.asarray(log["losses"]), min(BINS, len(log["losses"])))
         found: dict[str, Any] = {
             "name": task.name,
             "parameters": sizes.parameters(task.size),
@@ -117,11 +111,10 @@ class Bench:
             "valid": log["valid"][-1][1],
             "test": heldout_loss(model, data.test),
             "valid curve": log["valid"],
-            "loss curve": [[int(end), float(one.mean())] for end, one in
-                           zip(np.cumsum([len(one) for one in bins]), bins, strict=True)],
+            "loss curve": binned(log["losses"]),
             "seconds": log["seconds"],
             "processor seconds": log["processor seconds"],
-        }  # fmt: skip
+        }
         for how, beam in (("greedy", 0), ("beam", config.beam)):
             written = self._written(model, data.test, beam)
             found[f"BLEU {how}"], found["signature"] = bleu(written, references)

@@ -88,5 +88,4 @@ def save_curves(path: Path, found: Mapping[str, Sequence[Mapping[str, Any]]]) ->
             line.set_marker("o")
         if len(lines) > 1:
             ax.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=160)
-    pyplot.close(figure)
+    shared.save_figure(path, figure)

@@ -12,12 +12,11 @@ import optax
 from flax import nnx
 from jax import lax
 
+from models._average import evaluated, moved, share
 from models._buckets import Batch, Batches
 from models._parallel_text import PAD
 from models._translation import Translator
 from models._translation_size import Size
-
-FIRST = 9  # the average of parameters after t steps is one of the last FIRST / (FIRST + t) of them
 
 
 class Training(NamedTuple):
@@ -77,9 +76,7 @@ def total(model: Translator, batch: Batch, smoothing: float) -> jax.Array:
 def train_step(
     model: Translator, optimizer: nnx.Optimizer, average: Any, batch: Batch, *, training: Training
 ) -> tuple[jax.Array, Any]:
-    """(loss, average) of a step down the gradient of the mean loss of all labels of the batch. In
-    step t the share of the new parameters in their average is `1 - training.average`, or more as
-    long as `FIRST / (FIRST + t)` is."""
+    """(loss, average) of a step down the gradient of the mean loss of all labels of the batch."""
     count = (batch.target[:, 1:] != PAD).sum().astype(jnp.float32)
 
     def loss(model: Translator, part: Batch) -> jax.Array:
@@ -87,10 +84,8 @@ def train_step(
 
     value, gradient = accumulated(loss, model, batch, training.accumulate)
     optimizer.update(model, gradient)
-    share = jnp.maximum(1 - training.average, FIRST / (FIRST + optimizer.step[...].astype(float)))
     now = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    average = jax.tree.map(lambda new, old: share * new + (1 - share) * old, now, average)
-    return value, average
+    return value, moved(average, now, share(training.average, optimizer.step[...]))
 
 
 def accumulated(
@@ -144,12 +139,7 @@ class Run:
 
     def averaged(self) -> Translator:
         """A model to translate with, of the averaged parameters."""
-        model = nnx.clone(self.model)
-        state = nnx.state(model, nnx.Param)
-        nnx.replace_by_pure_dict(state, jax.tree.map(jnp.copy, self.average))
-        nnx.update(model, state)
-        model.eval()
-        return model
+        return evaluated(self.model, self.average)
 
     def tree(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

@@ -5,7 +5,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from flax import nnx
 import bsjax.nnx
 from models import transformer
 from models._language import bits, late_bits
+from models._train import parameter_count
 
 
 class Kind(NamedTuple):
@@ -144,8 +144,7 @@ def program(config: Any, kind: Kind) -> Callable[..., Result]:
 
 def parameters(config: Any, kind: Kind) -> int:
     """The number of parameters: sampling adds none."""
-    model = nnx.eval_shape(lambda: make(config, kind, 0))
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    return parameter_count(nnx.eval_shape(lambda: make(config, kind, 0)))
 
 
 def computed_in(dtype: str, parameters: Any) -> Any:

@@ -208,9 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     saved = Checkpoints(config.out / "lstm-checkpoint", about)
     log = train(config, parts, runs, saved)
     if log is None:
-        again = cli.shell_command("models.lstm", dataclasses.replace(config, resume=True))
-        print(f"Stopped. The checkpoint is in {saved.folder}; go on with\n  {again}")
-        return cli.INTERRUPTED
+        return cli.stopped("models.lstm", config, f"The checkpoint is in {saved.folder}")
     report(config, training, parts, runs, log)
     return 0
 

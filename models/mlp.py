@@ -302,9 +302,7 @@ def main(argv: list[str] | None = None) -> int:
         report(config.out, data.about, ready, results, per_epoch, title)
     if whole:
         return 0
-    again = cli.shell_command("models.mlp", dataclasses.replace(given, resume=True))
-    print(f"Stopped. The results are in {runs.path}; go on with\n  {again}")
-    return cli.INTERRUPTED
+    return cli.stopped("models.mlp", given, f"The results are in {runs.path}")
 
 
 if __name__ == "__main__":

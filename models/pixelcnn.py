@@ -205,9 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     saved = Checkpoints(config.out / "pixelcnn-checkpoint", about)
     log = train(config, data, runs, saved)
     if log is None:
-        again = cli.shell_command(COMMAND, dataclasses.replace(given, resume=True))
-        print(f"Stopped. The checkpoint is in {saved.folder}; go on with\n  {again}")
-        return cli.INTERRUPTED
+        return cli.stopped(COMMAND, given, f"The checkpoint is in {saved.folder}")
     report(config, cli.shell_command(COMMAND, given), data, runs, log)
     return 0
 

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 from models import _bpe, _corpus, _decoders, _gpt2, transformer
@@ -33,14 +32,16 @@ from models import _prune as pruning
 from models import _text as texts
 from models._cli import Mistake, option
 from models._decoders import Decoder
-from models._language import bits, heldout_bits
+from models._language import heldout_bits
 from models._prune_report import CRITERIA, DENSE, GIVEN, GRADIENT, MAGNITUDE, RANDOM, show, title
 from models._report import interleaved
 from models._runs import Runs, whereabouts
-from models._train import Progress, finite, is_matrix, output_folder
+from models._steps import adam, mean_bits, train_step
+from models._train import Progress, finite, output_folder, parameter_count
 
 ABOUT = "Prunes a dense decoder to block-sparse form, and reports its losses before and after."
 HEADS = 4
+WARMUP = 0.1  # share of the steps in which the rate rises
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,33 +117,16 @@ class Row(NamedTuple):
 # --------------------------------------------------------------------------------- the training
 
 
-@nnx.jit(donate_argnames=("model", "optimizer"))
-def train_step(model: Any, optimizer: nnx.Optimizer, data: jax.Array) -> jax.Array:
-    """One step down the gradient; returns the mean loss before it, in bits."""
-    loss, gradient = nnx.value_and_grad(lambda model: bits(model, data).mean())(model)
-    optimizer.update(model, gradient)
-    return loss
-
-
 @nnx.jit
 def gradient(model: Any, data: jax.Array) -> nnx.State:
-    return nnx.grad(lambda model: bits(model, data).mean())(model)
-
-
-@functools.cache  # models of equal shapes must have equal optimizers, or each compiles a step
-def adam(peak: float, steps: int, decay: float) -> optax.GradientTransformation:
-    """AdamW; its rate rises in a tenth of the steps, then falls along a cosine."""
-    rate = optax.warmup_cosine_decay_schedule(0, peak, round(0.1 * steps), steps, peak / 50)
-    matrices = functools.partial(jax.tree_util.tree_map_with_path, lambda at, _: is_matrix(at))
-    adamw = optax.adamw(rate, b2=0.99, weight_decay=decay, mask=matrices)
-    return optax.chain(optax.clip_by_global_norm(1.0), adamw)
+    return nnx.grad(mean_bits)(model, data)
 
 
 def fit(
     config: Config, model: Any, text: texts.Text, *, rate: float, steps: int, first: int, name: str
 ) -> None:
     """Trains a model in place, on the batches from number `first` on."""
-    optimizer = nnx.Optimizer(model, adam(rate, steps, config.weight_decay), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, adam(rate, WARMUP, steps, config.weight_decay), wrt=nnx.Param)
     sizes = {"seed": config.seed, "size": config.batch, "length": config.length}
     with Progress(steps, tokens=config.batch * config.length, doing=name) as progress:
         for step in range(steps):
@@ -159,6 +143,7 @@ def own(config: Config, text: texts.Text) -> Decoder:
     decoder = _decoders.start(flags, config.width)._replace(
         trained_on=text.digest, batches=config.train_steps
     )
+    pruning.weights(decoder.model, config.block)  # whether blocks fit, before it is trained
     rate, steps = config.train_learning_rate, config.train_steps
     fit(config, decoder.model, text, rate=rate, steps=steps, first=0, name="training dense")
     return decoder
@@ -203,7 +188,7 @@ class Bench(NamedTuple):
                 rate=c.learning_rate, steps=c.steps, first=self.first, name=name,
             )  # fmt: skip
             tuned = self.loss(model)
-        return Row(method, density, stored, _decoders.parameters(model), before, tuned)
+        return Row(method, density, stored, parameter_count(model), before, tuned)
 
 
 def prune_all(bench: Bench, decoder: Decoder, add: Any) -> tuple[list[Row], dict[str, Any]]:

@@ -24,12 +24,13 @@ import numpy as np
 from models import _cli as cli
 from models import _recurrent as recurrent
 from models import _streams as texts
+from models._average import evaluated
 from models._cli import Mistake, option
-from models._lstm import Parts, Run, Training, evaluated, heldout_bits, step_seconds
+from models._lstm import Parts, Run, Training, heldout_bits, step_seconds
 from models._recurrent import DENSE, PARAMETERS, SPARSE, Size
-from models._runs import Runs, whereabouts
+from models._runs import Runs, binned, whereabouts
 from models._small_world_report import Found, report
-from models._train import CtrlC, Progress, output_folder
+from models._train import CtrlC, Progress, Stopped, output_folder
 
 ABOUT = "Compares wide sparse LSTMs with dense ones of equal parameters, over seeds and depths."
 OUT = Path(__file__).parent.parent / "out"
@@ -90,7 +91,6 @@ class Config:
 
 
 POINTS = 10  # measurements of validation text in a run
-BINS = 200  # numbers that the losses of a run are kept as
 
 
 class Task(NamedTuple):
@@ -101,10 +101,6 @@ class Task(NamedTuple):
     learning_rate: float
     seed: int
     steps: int
-
-
-class Stopped(Exception):
-    """Ctrl-C."""
 
 
 @dataclasses.dataclass
@@ -177,8 +173,6 @@ class Bench:
             if step + 1 in marks:
                 valid.append([step + 1, heldout_bits(run.averaged(), self.parts.valid)])
         whole = bool(losses) and math.isfinite(losses[-1]) and len(losses) == task.steps
-        bins = np.array_split(np.asarray(losses), min(BINS, len(losses)))
-        ends = np.cumsum([len(one) for one in bins])
         return {
             "parameters": recurrent.parameters(task.size),
             "density": recurrent.density(task.size),
@@ -188,11 +182,7 @@ class Bench:
                 heldout_bits(evaluated(run.model), self.parts.test) if whole else None
             ),
             "valid curve": valid,
-            "loss curve": [
-                [int(end), float(one.mean())]
-                for end, one in zip(ends, bins, strict=True)
-                if np.isfinite(one).all()
-            ],
+            "loss curve": binned(losses),
             "seconds": time.perf_counter() - start,
         }
 
@@ -265,9 +255,7 @@ def main(argv: list[str] | None = None) -> int:
         with CtrlC() as stop:
             found = experiment(Bench(config, parts, runs, where, about), stop)
     except Stopped:
-        again = cli.shell_command("models.small_world", dataclasses.replace(config, resume=True))
-        print(f"Stopped. Results are in {runs.path}; go on with\n  {again}")
-        return cli.INTERRUPTED
+        return cli.stopped("models.small_world", config, f"Results are in {runs.path}")
     report(config, parts, found, where)
     return 0
 

@@ -250,9 +250,7 @@ def main(argv: list[str] | None = None) -> int:
     saved = Checkpoints(config.out / "transformer-checkpoint", about)
     losses = train(config, text, runs, saved, team)
     if losses is None:
-        again = cli.shell_command("models.transformer", dataclasses.replace(given, resume=True))
-        print(f"Stopped. The checkpoint is in {saved.folder}; go on with\n  {again}")
-        return cli.INTERRUPTED
+        return cli.stopped("models.transformer", given, f"The checkpoint is in {saved.folder}")
     for run in runs.values():
         run.model.eval()  # what is sampled in training is measured exactly
     write = generate if config.attention == "dense" else decoded

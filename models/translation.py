@@ -21,8 +21,8 @@ from models import _translation_size as sizing
 from models._buckets import Batches
 from models._cli import Mistake, option
 from models._runs import Runs, whereabouts
-from models._train import CtrlC, output_folder
-from models._translation_bench import TRANSLATED, Bench, Data, Stopped, Task
+from models._train import CtrlC, Stopped, output_folder
+from models._translation_bench import TRANSLATED, Bench, Data, Task
 from models._translation_report import report
 from models._translation_size import Size
 from models._translation_train import Training
@@ -230,9 +230,9 @@ def main(argv: list[str] | None = None) -> int:
         with CtrlC() as stop:
             found = experiment(Bench(config, text, runs, where), stop)
     except Stopped:
-        again = cli.shell_command("models.translation", dataclasses.replace(config, resume=True))
-        print(f"Stopped. Results and checkpoints are in {config.out}; go on with\n  {again}")
-        return cli.INTERRUPTED
+        return cli.stopped(
+            "models.translation", config, f"Results and checkpoints are in {config.out}"
+        )
     report(config, text.corpus, found, where)
     return 0
 

@@ -191,9 +191,7 @@ def main(argv: list[str] | None = None) -> int:
             if stop.asked:
                 break
     if stop.asked:
-        again = cli.shell_command("models.widths", dataclasses.replace(config, resume=True))
-        print(f"Stopped. Results are in {runs.path}; go on with\n  {again}")
-        return cli.INTERRUPTED
+        return cli.stopped("models.widths", config, f"Results are in {runs.path}")
     results = {pair: runs.get(settings[pair]) or {} for pair in wanted}
     tokens = config.batch * config.length
     title = f"{config.layers} layers, {config.steps:,} steps of {tokens:,} bytes"

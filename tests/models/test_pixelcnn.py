@@ -17,8 +17,8 @@ from sklearn.datasets import load_digits
 from models import _pixels as pixels
 from models import pixelcnn
 from models._cli import INTERRUPTED, Mistake, parse
-from models._pixelcnn_report import sheet
 from models._pixelcnn_train import Run, held_out_bits
+from models._report import sheet
 from models._train import Checkpoints
 from tests.models.idx import idx, write_mnist
 

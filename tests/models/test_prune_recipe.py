@@ -274,6 +274,12 @@ def test_a_mistake_is_one_line_that_says_what_to_do(name, folder):
     assert "\n" not in str(caught.value)
 
 
+def test_a_block_that_is_too_large_is_told_before_training(folder, monkeypatch):
+    monkeypatch.setattr(prune, "fit", None)
+    with pytest.raises(Mistake, match=r"^--block 40 is larger than a side of the layer"):
+        run_main([*TINY, "--data", "words.txt", "--out", "out", "--block", "40"])
+
+
 def test_a_saved_file_that_was_changed_says_so(tmp_path):
     model = _decoders.start({"layers": 1, "heads": 2}, 8)
     _decoders.save(tmp_path / "a.safetensors", model)
