@@ -16,7 +16,7 @@ from models._resnet_plan import Size
 from models._resnet_train import Training, cross_entropy, learning_rate
 from models._train import is_matrix
 from tests.helpers import of_one_sign
-from tests.models.lstm_runs import optax_promotes  # noqa: F401 - a fixture of the module
+from tests.models.stories import optax_promotes as optax_promotes  # a fixture of the module
 from tests.transformer.oracle import assert_close
 
 SIZE = Size("basic", (1,), (16,), densities=(0.5,), block=8)

@@ -17,10 +17,10 @@ from models._parallel_text import BOS, EOS, PAD
 from models._translation import Translator
 from models._translation_train import Run, Training
 from tests.helpers import of_one_sign, tolerance
+from tests.models.stories import optax_promotes as optax_promotes  # a fixture of the module
 from tests.models.translation_runs import (
     SIZE,
     beam_by_hand,
-    optax_promotes,  # noqa: F401 - a fixture of the module
     tokens,
     unpadded,
 )
