@@ -148,7 +148,7 @@ def test_it_says_what_it_found(story):
 def test_a_second_run_puts_the_first_aside(story):
     """Nothing is left to train: with --resume everything is known already."""
     with ctrl_c_at(-1, net, "train_step") as steps:
-        code, _ = run_main(shlex.split(story.again[1]))
+        code, _ = run_main(story.again)
     assert (code, len(steps)) == (0, 0)
 
 
