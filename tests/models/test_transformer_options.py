@@ -17,13 +17,10 @@ from models._language import generate
 from models._steps import accumulated, mean_bits
 from models.transformer import Run, Transformer
 from tests.helpers import of_one_sign, slow
-from tests.models.tiny import config, optax_promotes
+from tests.models.tiny import TERMS, config, optax_promotes
 from tests.transformer.oracle import assert_close
 
 L = 16  # positions
-# sums one after another, from a byte to its logits: into q, k and v, over the features of a head,
-# over keys, out of attention, into the MLP and out of it, and into the head
-TERMS = 32 + 16 + L + 32 + 32 + 128 + 32
 
 
 @pytest.fixture(autouse=True)
