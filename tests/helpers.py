@@ -132,6 +132,15 @@ def tolerance(dtype: Any, terms: int) -> dict[str, float]:
     return {"rtol": eps / 2, "atol": 4 * kept * terms}
 
 
+def of_one_sign(terms: int, dtype: Any = jnp.float32) -> float:
+    """How far two sums of `terms` numbers of one sign are apart, as a share of the sum.
+
+    Nothing cancels, so no partial sum is larger than the sum: each of the `terms` roundings in each
+    of the two is `eps / 2` of it at most, and they add up like a random walk.
+    """
+    return float(jnp.finfo(dtype).eps) / 2 * (2 * terms) ** 0.5
+
+
 def assert_close(got: Any, want: Any, terms: int) -> None:
     """`got` is `want` (kept in float32 or float64) but for the rounding to the dtype of `got`."""
     got, want = jnp.asarray(got), np.asarray(want)

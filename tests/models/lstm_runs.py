@@ -40,13 +40,6 @@ def write_letters(folder):
     return path
 
 
-@pytest.fixture(autouse=True, scope="module")
-def optax_promotes():
-    """Adam raises a float to the power of an integer step, which strict promotion refuses."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 @contextlib.contextmanager
 def ctrl_c_at(wanted):
     """A signal as from the keyboard, when the training window of that number is read."""

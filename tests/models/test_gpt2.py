@@ -11,6 +11,7 @@ import bsjax.nnx
 from models import _gpt2
 from models._cli import Mistake
 from tests.models import gpt2 as files
+from tests.models.stories import one_line
 
 IDS = np.random.default_rng(1).integers(0, 37, (2, 13)).astype(np.int32)
 EPS = float(np.finfo(np.float32).eps)
@@ -124,9 +125,8 @@ def wrong(made):
 @pytest.mark.parametrize("name", wrong(files.tensors()))
 def test_a_file_without_a_gpt2_says_what_is_wrong(tmp_path, name):
     made, message = wrong(files.tensors())[name]
-    with pytest.raises(Mistake, match=message) as caught:
+    with one_line(message):
         _gpt2.load(files.write(tmp_path, made))
-    assert "\n" not in str(caught.value)
 
 
 CONFIGS = {

@@ -139,7 +139,7 @@ def test_unigram_bits_in_pieces_are_those_of_every_byte(monkeypatch):
     monkeypatch.setattr(texts, "CHUNK", 64)
     # float64: a logarithm is some eps off, a sum of n terms of one sign at most n eps / 2
     bound = (4 + len(heldout)) * np.finfo(float).eps
-    assert texts.unigram_bits(train, heldout) == pytest.approx(expected, rel=bound)
+    assert texts.unigram_bits(train, heldout) == pytest.approx(expected, rel=bound, abs=0)
 
 
 def test_mistakes(tmp_path):

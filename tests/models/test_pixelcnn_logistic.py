@@ -88,7 +88,7 @@ def test_nothing_vanishes_far_from_a_mean():
     with jax.enable_x64(True):
         each = log_probability(jnp.asarray(raw, jnp.float64), jnp.asarray(x), 256)
     assert np.asarray(each).max() < -20
-    eps = np.finfo(np.float32).eps
+    eps = np.finfo(np.float32).eps  # of three numbers of one sign, and their sum
     np.testing.assert_allclose(value, np.asarray(each).sum(), rtol=8 * eps)
     assert np.isfinite(slope).all()
     assert np.abs(slope[:, 1]).max() > 1

@@ -1,11 +1,9 @@
 """The recipe from flags over Ctrl-C to pictures, bitwise resumed, and its mistakes."""
 
-import contextlib
-import io
+import functools
 import json
 import re
 import shlex
-import signal
 import types
 
 import numpy as np
@@ -17,7 +15,10 @@ from models import _resnet_train as net
 from models import resnet
 from models._cli import INTERRUPTED, Mistake, parse
 from models._train import Checkpoints
-from tests.models.lstm_runs import leaves, optax_promotes  # noqa: F401 - a fixture of the module
+from tests.models import stories
+from tests.models.lstm_runs import leaves
+from tests.models.stories import ctrl_c_at, one_line, way_back
+from tests.models.stories import optax_promotes as optax_promotes  # a fixture of the module
 from tests.models.test_cifar import records, write  # noqa: F401 - a fixture
 
 TINY = shlex.split(
@@ -41,27 +42,7 @@ def tiny():
         yield
 
 
-def run_main(flags):
-    """(exit code, what was printed)."""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        return resnet.main(flags), printed.getvalue()
-
-
-@contextlib.contextmanager
-def ctrl_c_at(wanted):
-    """A signal as from the keyboard, while that step of all networks is under way."""
-    step, seen = net.train_step, []
-
-    def interrupting(*args):
-        seen.append(args)
-        if len(seen) == wanted:
-            signal.raise_signal(signal.SIGINT)
-        return step(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(net, "train_step", interrupting)
-        yield seen
+run_main = functools.partial(stories.run_main, resnet)
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +51,12 @@ def story(tmp_path_factory):
     folder = tmp_path_factory.mktemp("story")
     out, straight = folder / "out", folder / "straight"
     flags = [*TINY, "--double-depth", "--statistics", "re-estimated"]
-    with ctrl_c_at(STEPS + 4):
+    with ctrl_c_at(STEPS + 4, net, "train_step"):  # of all networks
         interrupted, stopped = run_main([*flags, "--out", str(out)])
     step = Checkpoints(out / "resnet-checkpoint" / "twice-as-deep-0", {}).step()
-    again = re.search(r"models\.resnet (.*)", stopped)
-    assert again
-    with ctrl_c_at(-1) as steps:
-        ended, printed = run_main(shlex.split(again[1]))
+    again = way_back(resnet, stopped)
+    with ctrl_c_at(-1, net, "train_step") as steps:  # never: it counts
+        ended, printed = run_main(again)
     run_main([*flags, "--out", str(straight)])
     return types.SimpleNamespace(**{k: v for k, v in locals().items() if k != "folder"})
 
@@ -85,7 +65,7 @@ def test_ctrl_c_ends_after_the_step_and_tells_the_way_back(story):
     assert story.interrupted == INTERRUPTED
     assert story.step == 4
     assert f"The checkpoint is in {story.out / 'resnet-checkpoint'}" in story.stopped
-    assert "--resume" in story.again[1]
+    assert "--resume" in story.again
 
 
 def test_going_on_trains_only_what_is_missing(story):
@@ -167,8 +147,8 @@ def test_it_says_what_it_found(story):
 
 def test_a_second_run_puts_the_first_aside(story):
     """Nothing is left to train: with --resume everything is known already."""
-    with ctrl_c_at(-1) as steps:
-        code, _ = run_main(shlex.split(story.again[1]))
+    with ctrl_c_at(-1, net, "train_step") as steps:
+        code, _ = run_main(story.again)
     assert (code, len(steps)) == (0, 0)
 
 
@@ -238,9 +218,8 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_line_that_says_what_to_do(name, tmp_path):
     flags, message = MISTAKES[name]
-    with pytest.raises(Mistake, match=re.escape(message)) as caught:
+    with one_line(re.escape(message)):
         resnet.main([*TINY, *SMALLEST, "--out", str(tmp_path), *flags.split()])
-    assert "\n" not in str(caught.value)
 
 
 def test_diverging_ends_the_run(tmp_path, monkeypatch):

@@ -100,29 +100,29 @@ def equations(jaxpr):
 
 
 PAIRS = {
-    "wrn-16-4": (plan.named("wrn-16-4"), 1e-6),
-    "in blocks of 32": (plan.named("wrn-16-8")._replace(block=32), 1e-6),
-    "wrn-28-10": (plan.named("wrn-28-10")._replace(block=32), 1e-3),
-    "resnet-20": (plan.named("resnet-20")._replace(block=4), 1e-3),
+    "wrn-16-4": plan.named("wrn-16-4"),
+    "in blocks of 32": plan.named("wrn-16-8")._replace(block=32),
+    "wrn-28-10": plan.named("wrn-28-10")._replace(block=32),
+    "resnet-20": plan.named("resnet-20")._replace(block=4),
 }
 
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_twice_the_depth_costs_the_same(name):
-    base, error = PAIRS[name]
+    base = PAIRS[name]
     deep = plan.deeper(base, (0.5,), match=True)
     assert deep.blocks == tuple(2 * n for n in base.blocks)
     assert deep._replace(blocks=base.blocks, densities=()) == base  # nothing else differs
     assert all(0.4 < density <= 0.5 for density in deep.densities)
     one, other = plan.costs(base), plan.costs(deep)
     assert other.parameters / one.parameters == pytest.approx(1, abs=0.005)  # gains and offsets
-    assert other.flops / one.flops == pytest.approx(1, abs=error)
+    assert other.flops == one.flops
 
 
 def test_a_density_is_the_most():
     base = plan.named("wrn-16-4")
     deep = plan.deeper(base, (0.5, 0.25, 0.125), match=True)
-    assert deep.densities == (pytest.approx(3 / 7), 0.25, 0.125)
+    assert deep.densities == (pytest.approx(3 / 7, rel=np.finfo(float).eps, abs=0), 0.25, 0.125)
     assert plan.deeper(base, (0.5,), match=False).densities == (0.5,) * 3
     dense = plan.deeper(base, (1.0,), match=False)
     assert (dense.densities, dense.blocks) == ((), (4, 4, 4))

@@ -1,10 +1,8 @@
 """The comparison asks for the right runs, keeps each, goes on from them, and says what they say."""
 
-import contextlib
-import io
+import functools
 import json
 import math
-import re
 import shlex
 import signal
 
@@ -18,7 +16,10 @@ from models import small_world
 from models._cli import INTERRUPTED, Mistake, parse
 from models._recurrent import DENSE, SPARSE, Size
 from models._small_world_report import Found
-from tests.models.lstm_runs import letters, optax_promotes  # noqa: F401 - a fixture of the module
+from tests.models import stories
+from tests.models.lstm_runs import letters
+from tests.models.stories import optax_promotes as optax_promotes  # a fixture of the module
+from tests.models.stories import way_back
 
 TINY = shlex.split(
     "--parameters 200000 --block 8 --links 1 --embedding 4 --depth 2 --bytes 177 --batch 2 "
@@ -88,11 +89,7 @@ def flags(tmp_path):
     return [*TINY, "--data", str(path), "--out", str(tmp_path / "out")]
 
 
-def run_main(flags):
-    """(exit code, what was printed)."""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        return small_world.main(flags), printed.getvalue()
+run_main = functools.partial(stories.run_main, small_world)
 
 
 def lines(tmp_path):
@@ -167,9 +164,7 @@ def test_ctrl_c_leaves_whole_runs_and_the_way_back(
         code, printed = run_main(flags)
     assert code == INTERRUPTED
     assert len(lines(tmp_path)) == 2
-    again = re.search(r"models\.small_world (.*)", printed)
-    assert again
-    code, printed = run_main(shlex.split(again[1]))
+    code, printed = run_main(way_back(small_world, printed))
     assert code == 0
     assert "learning rates: 2 of 6 runs are in" in printed
     assert len(pretended.made) == 3 + 4 + 2 + 4

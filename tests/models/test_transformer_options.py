@@ -16,8 +16,9 @@ from models._cli import Mistake
 from models._language import generate
 from models._steps import accumulated, mean_bits
 from models.transformer import Run, Transformer
-from tests.helpers import slow
-from tests.models.tiny import config, optax_promotes
+from tests.helpers import of_one_sign, slow
+from tests.models.tiny import TERMS, config, optax_promotes
+from tests.transformer.oracle import assert_close
 
 L = 16  # positions
 
@@ -98,7 +99,7 @@ def test_bigbird_has_a_window_first_blocks_and_random_ones_other_in_each_layer()
     counts = one[5:-1].sum(1)
     assert counts.min() >= 3
     assert counts.max() <= 5
-    assert sparse_attention.stored(c, 2) == pytest.approx(one.sum() / (40 * 41 / 2))
+    assert sparse_attention.stored(c, 2) == one.sum() / (40 * 41 / 2)
 
 
 def test_two_steps_of_the_strided_pattern_reach_everything_before():
@@ -131,7 +132,7 @@ def test_causal_blocks_are_the_attention_of_the_dense_model():
     whole.head.kernel[...] = blocks.head.kernel[...]
     for a, b in zip(whole.embeddings, blocks.embeddings, strict=True):
         a.embedding[...] = b.embedding[...]
-    np.testing.assert_allclose(call(blocks, some()), call(whole, some()), atol=2e-5)
+    assert_close(call(blocks, some()), call(whole, some()), TERMS)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def test_the_future_changes_nothing_and_decoding_is_the_full_pass(attention):
     model.init_cache(2, L)
     chunks = np.split(data, [5, *range(6, L)], axis=1)
     got = jnp.concatenate([read(model, jnp.asarray(chunk)) for chunk in chunks], axis=1)
-    np.testing.assert_allclose(got, want, atol=3e-5)
+    assert_close(got, want, TERMS)
 
 
 @pytest.mark.slow
@@ -179,7 +180,7 @@ def test_a_gated_model_has_as_many_parameters_and_a_gate():
     block = model_of("--gated").blocks[0]
     x = jax.random.normal(jax.random.key(0), (2, 3, 32))
     by_hand = jax.nn.sigmoid(block.gate(x)) * block.gate(x) * block.up(x)
-    np.testing.assert_allclose(block.mlp(x), block.down(by_hand), atol=1e-6)
+    np.testing.assert_array_equal(block.mlp(x), block.down(by_hand))
 
 
 @pytest.mark.parametrize(
@@ -209,7 +210,7 @@ def test_a_sampled_model_samples_in_training_and_is_exact_after_it():
     drawn = [call(model, some()) for _ in range(2)]
     assert jnp.abs(drawn[0] - drawn[1]).max() > 1e-3
     model.eval()
-    np.testing.assert_allclose(call(model, some()), call(exact, some()), atol=1e-5)
+    np.testing.assert_array_equal(call(model, some()), call(exact, some()))
 
 
 value_and_grad = nnx.jit(nnx.value_and_grad(mean_bits))
@@ -228,7 +229,7 @@ def test_remat_changes_no_gradient(line):
     (one, first, left), (two, second, right) = (gradient(m, some(6, L + 1)) for m in models)
     assert one == two
     for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6)
+        assert_close(a, b, TERMS + 6 * L)  # and over all bytes
     for a, b in zip(*map(jax.tree.leaves, (left, right)), strict=True):
         assert (a == b).all()
 
@@ -254,10 +255,9 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     value, want, _ = gradient(model, data)
     parts = nnx.jit(lambda model, data: accumulated(mean_bits, model, data, 3))
     total, found = parts(model, data)
-    assert total == pytest.approx(float(value), rel=1e-6)
+    assert total == pytest.approx(float(value), rel=of_one_sign(6 * L))
     for a, b in zip(*map(jax.tree.leaves, (found, want)), strict=True):
-        # three sums of a third of the batch, each rounded: a few units in the last place of the sum
-        np.testing.assert_allclose(a, b, atol=2e-6, rtol=2e-5)
+        assert_close(a, b, TERMS + 6 * L)  # and over all bytes
 
 
 @pytest.mark.slow

@@ -16,6 +16,10 @@ TINY = shlex.split(
     "--block 8 --density 0.25 --heldout_bytes 100 --rounds 2 --sample_length 5"
 )
 
+# sums one after another, from a byte to its logits: into q, k and v, over the features of a head,
+# over keys, out of attention, into the MLP and out of it, and into the head
+TERMS = 32 + 16 + 16 + 32 + 32 + 128 + 32
+
 
 def config(*more):
     return parse(Config, [*TINY, *more], command="it")

@@ -2,9 +2,7 @@
 
 import shlex
 
-import jax
 import numpy as np
-import pytest
 
 from models._parallel_text import BOS, EOS, PAD
 from models._translation_size import Size
@@ -15,13 +13,6 @@ TINY = shlex.split(
     "--learning_rates 0.01"
 )
 SIZE = Size(12, 16, 24, layers=1, heads=2, longest=32, attention_block=4, dropout=0.0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def optax_promotes():
-    """Adam raises a float to the power of an integer step, which strict promotion refuses."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def write_pairs(folder, count=24, seed=0):
