@@ -80,6 +80,7 @@ class Config:
     summary: int = option(8, "columns that fixed shows of each chunk", least=1, same=True)
     dilation: int = option(4, "of dilated", least=1, same=True)
     random_blocks: int = option(3, "that bigbird draws for each", least=0, same=True)
+    top_blocks: int = option(3, "that each query and head chooses", least=1, same=True)
     per_head: bool = option(
         False, "heads take the two parts of strided and fixed in turn", same=True
     )
@@ -185,7 +186,8 @@ def contenders(config: Config, text: Data, sizes: dict[str, Size]) -> dict[str, 
         how = {"loss": team.losses[name], "accumulate": config.accumulate}
         found: dict[str, Any] = {"width": size.width, "parameters": parameters(config, size)}
         if config.attention != "dense":
-            found["scores"] = stored(config, config.heads) if size.sparse_attention else 1.0
+            column = "scores, at most" if config.attention == "top_blocks" else "scores"
+            found[column] = stored(config, config.heads) if size.sparse_attention else 1.0
         return {**found, "step": functools.partial(train_step, *run, data, **how)}
 
     return {name: facts(name, size) for name, size in sizes.items()}
