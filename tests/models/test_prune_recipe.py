@@ -12,10 +12,10 @@ import pytest
 from flax import nnx
 
 import bsjax.nnx
-from models import _corpus, _decoders, prune
+from models import _corpus, _decoders, _prune_bench, prune
 from models import _prune as pruning
 from models import _text as texts
-from models._cli import Mistake
+from models._cli import INTERRUPTED, Mistake
 from models._language import heldout_bits
 from models._train import Checkpoints
 from models.transformer import Run, Size, Transformer, block_sparse, dense
@@ -23,7 +23,7 @@ from tests.helpers import of_one_sign
 from tests.models import gpt2 as files
 from tests.models import stories
 from tests.models import test_bpe as bpe
-from tests.models.stories import one_line
+from tests.models.stories import ctrl_c_at, one_line, way_back
 from tests.models.tiny import config as transformer_config
 from tests.models.tiny import optax_promotes, write_words
 
@@ -58,6 +58,58 @@ def story(tmp_path_factory, text):
     return types.SimpleNamespace(
         out=out, words=words, code=code, printed=printed, rows=rows, times=times, text=loaded
     )
+
+
+@pytest.fixture(scope="module")
+def gone_on(story, tmp_path_factory):
+    """The same, stopped in step 7 of training and in step 5 of fine-tuning the largest blocks."""
+    out = tmp_path_factory.mktemp("gone on")
+    flags, found = [*TINY, "--data", story.words, "--out", out], []
+    for wanted in (7, 8 + 15 + 5):
+        with ctrl_c_at(wanted, _prune_bench, "train_step"):
+            code, printed = run_main(flags)
+        flags = way_back(prune, printed)
+        found.append((code, printed, flags, sorted(path.name for path in out.iterdir())))
+    code, printed = run_main(flags)
+    return types.SimpleNamespace(out=out, stops=found, code=code, printed=printed, flags=flags)
+
+
+def test_ctrl_c_ends_after_the_step_and_tells_the_way_back(story, gone_on):
+    (first, said, flags, made), (second, then, _, later) = gone_on.stops
+    assert (first, second, gone_on.code) == (INTERRUPTED, INTERRUPTED, 0)
+    assert f"Stopped. Results and checkpoints are in {gone_on.out}; go on with" in said
+    assert "--resume" in flags
+    assert made == ["prune-checkpoint-training"]
+    assert "training dense: going on from step 7." in then
+    assert "fine-tuning magnitude 0.5: going on from step 5." in gone_on.printed
+    kept = {"prune-checkpoint-training", "prune-dense.safetensors", "prune.jsonl"}
+    assert set(later) == kept | {"prune-checkpoint-magnitude-0.5"}
+    assert {path.name for path in gone_on.out.iterdir()} == kept | {
+        path.name for path in story.out.iterdir()
+    }
+    assert f"dense: in {gone_on.out / 'prune.jsonl'} already" in gone_on.printed
+
+
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(story, gone_on):
+    rows, _ = lines(gone_on.out)
+    for name, line in story.rows.items():
+        assert rows[name]["result"] == line["result"]
+        assert rows[name]["settings"] == line["settings"]
+    for path in story.out.glob("*.safetensors"):
+        assert (gone_on.out / path.name).read_bytes() == path.read_bytes()
+
+
+def test_what_is_known_is_not_trained_again(gone_on, monkeypatch):
+    monkeypatch.setattr(_prune_bench, "train_step", None)
+    code, printed = run_main(gone_on.flags)
+    assert code == 0
+    for name in ("dense", "magnitude 0.5", "random 0.5"):
+        assert f"{name}: in {gone_on.out / 'prune.jsonl'} already" in printed
+
+
+def test_going_on_with_something_else_is_refused(gone_on):
+    with one_line(r"prune-checkpoint-training/15 has --batch 2, this run 3: give what it was made"):
+        run_main([*gone_on.flags, "--batch", 3])
 
 
 def loss(model, story):
