@@ -31,6 +31,7 @@ from models._decoder import rotate as rotate
 from models._language import generate
 from models._mesh import Team, mesh_of
 from models._pictures import Pictures
+from models._runs import Runs, whereabouts
 from models._sizes import called, full, narrower, wide
 from models._sparse_attention import PATTERNS, stored
 from models._steps import adam, train_step
@@ -38,6 +39,8 @@ from models._train import Checkpoints, CtrlC, Progress, finite, output_folder
 
 ABOUT = "Trains a wide block-sparse language model beside a narrower dense one of equal size."
 OUT = Path(__file__).parent.parent / "out"
+# what numbers depend on, beside what a run must be resumed with
+MEASURED = ("accumulate", "remat", "data_parallel", "tensor_parallel", "heldout_bytes", "rounds")
 type Data = texts.Text | Pictures
 # "bernoulli" computes the whole product, and nothing would be saved
 SAMPLERS = ("uniform", "with_replacement", "systematic", "priority", "top_k", "wta")
@@ -244,6 +247,7 @@ def main(argv: list[str] | None = None) -> int:
     config, text = load(given)
     print(text.about)
     of_images = isinstance(text, Pictures)
+    kept = Runs(config.out / "transformer.jsonl", resume=True)  # a line for each run
     sparse = wide(config, text.shape if of_images else None)
     sizes = {called(config): sparse, "dense": narrower(config, sparse)}
     team = Team(config, sizes)
@@ -255,6 +259,8 @@ def main(argv: list[str] | None = None) -> int:
         return cli.stopped("models.transformer", given, f"The checkpoint is in {saved.folder}")
     for run in runs.values():
         run.model.eval()  # what is sampled in training is measured exactly
+    about |= {f"--{name}": getattr(config, name) for name in MEASURED}
+    where = whereabouts(cli.shell_command("models.transformer", given))
     write = generate if config.attention == "dense" else decoded
     compare(
         "transformer",
@@ -264,6 +270,7 @@ def main(argv: list[str] | None = None) -> int:
         trained={name: run.model for name, run in runs.items()},
         contenders=contenders(config, text, sizes),
         layer=functools.partial(layer, config),
+        keep=lambda found: kept.add(about, found, where),
     )
     return 0
 
