@@ -34,6 +34,18 @@ CASES = {
         "SmallWorldLSTMCell",
         {"use_layer_norm": False, "depth": 3, "in_stride": 2, "out_stride": 2, "hidden": 11},
     ),
+    "small world, one step, one block, no norm, strides, padding": (
+        "SmallWorldLSTMCell",
+        {
+            "use_layer_norm": False,
+            "depth": 1,
+            "in_stride": 2,
+            "out_stride": 2,
+            "hidden": 11,
+            "pattern": np.ones((1, 1), bool),
+            "block": HIDDEN,
+        },
+    ),
     "small world, one step, one block": (
         "SmallWorldLSTMCell",
         {"depth": 1, "pattern": np.ones((1, 1), bool), "block": HIDDEN},
@@ -45,7 +57,13 @@ CASES = {
 }
 
 
-SLOW = ("lstm", "multiplicative, norm", "small world, two steps, spare slots")
+SLOW = (
+    "lstm",
+    "multiplicative, norm",
+    "small world, no norm, strides, padding",
+    "small world, one step, one block",
+    "small world, two steps, spare slots",
+)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +124,7 @@ def test_equations(name, options):
         np.testing.assert_allclose((np.asarray(dcarry[i]) * v).sum(), want, rtol=1e-8)
 
 
+@pytest.mark.usefixtures("x64")  # as most tests: what makes a cell is compiled for either
 @pytest.mark.parametrize("name", NAMES)
 def test_begins_as_its_sources_say(name):
     """Forget bias, gains of one, and, in a small world, matrices that are the identity."""
@@ -138,9 +157,10 @@ def test_lstm_is_flax_lstm():
     theirs.dense_h.bias.set_value(bias.reshape(-1))
     x = sequence()[:, 0]
     carry = tuple(cotangent((len(x), HIDDEN)) * s for s in (1, 2))
-    agree(ours(carry, x), theirs(carry, x))
+    agree(*nnx.jit(lambda *cells: [cell(carry, x) for cell in cells])(ours, theirs))
 
 
+@pytest.mark.usefixtures("x64")
 def test_diagonal_is_always_there():
     bare = np.zeros((3, 3), bool)
     cell = make(pattern=bare)
