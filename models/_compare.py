@@ -14,6 +14,7 @@ from models import _report as report
 from models import _text as texts
 from models._cli import fixed
 from models._language import generate, heldout_bits
+from models._runs import binned
 
 
 class Material(NamedTuple):
@@ -55,8 +56,10 @@ def compare(
     trained: Mapping[str, nnx.Module],
     contenders: Mapping[str, Mapping[str, Any]],
     layer: Callable[[float | None, nnx.Rngs], nnx.Module],
+    keep: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Prints the table and a sample, saves the numbers and the pictures.
+    """Prints the table and a sample, saves the numbers and the pictures; `keep` gets the table, the
+    seconds of each round, and the losses.
 
     The first model of `trained` is the sparse one. `contenders` are the same models, afresh, and
     last the dense one of the sparse one's width: what the table says of each, and as `step` a
@@ -81,6 +84,9 @@ def compare(
         for name, facts in contenders.items()
     }
     rows |= {name: {bits: value} for name, value in lines.items()}
+    clocks = {name: list(all_) for name, all_ in seconds.items()}
+    learned = {name: binned(all_) for name, all_ in losses.items()}
+    keep({"models": rows, "seconds": clocks, "loss curves": learned})
     window = config.batch * config.length
     title = f"{config.steps:,} steps of {window:,} bytes; {bits} on held-out {data.name}"
     report.print_table(title, rows)

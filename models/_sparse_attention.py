@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 import bsjax
@@ -55,6 +57,7 @@ MASKS: dict[str, Callable[[Any], Masks]] = {
     "strided": _strided,
     "fixed": _fixed,
     "dilated": lambda c: [masks.causal() & masks.dilated(c.window * c.dilation - 1, c.dilation)],
+    "top_blocks": lambda c: [masks.causal()],
 }
 PATTERNS = ("dense", *MASKS)
 
@@ -63,11 +66,13 @@ def options(config: Any, heads: int, layer: int) -> dict[str, Any]:
     """The arguments of a `BlockAttention` with so many heads that say what is seen.
 
     Bigbird draws blocks, by the seed and the layer: a pattern of `--length` positions. Every other
-    mask is good for any length.
+    mask is good for any length. With top_blocks queries choose among the blocks of theirs.
     """
     found: dict[str, Any] = {"mask": mask(config, heads), "block": config.attention_block}
     if config.attention == "bigbird":
         found["pattern"] = _bigbird(config, 1000 * config.seed + layer)
+    if config.attention == "top_blocks":
+        found["top_blocks"] = config.top_blocks
     return found
 
 
@@ -94,12 +99,22 @@ def _bigbird(config: Any, seed: int) -> bsjax.BlockPattern:
 
 
 def stored(config: Any, heads: int) -> float:
-    """The stored share of the blocks that causal attention has."""
+    """The stored share of the blocks that causal attention has. With top_blocks, that which could
+    be stored: the queries of a block may all choose others."""
     grid = (config.length, config.length)
     found = options(config, heads, 0)
     blocks, whole = (
         m.blocks(grid, config.attention_block)[0] for m in (found["mask"], masks.causal())
     )
+    if "top_blocks" in found:
+        return _room(config) / float(whole.sum())
     if "pattern" in found:
         blocks = found["pattern"].mask()
     return float(np.mean(blocks.reshape(-1, *whole.shape).sum((1, 2)) / whole.sum()))
+
+
+def _room(config: Any) -> int:
+    """Slots for the blocks that the queries of one head choose, whatever these are."""
+    x = jnp.zeros((config.length, 1, 1))
+    how = {"block": config.attention_block, "count": config.top_blocks}
+    return jax.eval_shape(lambda x: bsjax.top_blocks(x, x, **how)[0].row, x).shape[-1]

@@ -9,17 +9,16 @@ Of each linear layer, the blocks of the largest l2 norm stay, bitwise as they we
 most. Beside it stands a model that keeps as many blocks of each layer, drawn at random. Reported
 are the losses on held-out text of each, right after pruning and after `--steps` steps of
 fine-tuning, of the dense model and of one that took as many more steps, and the time of a forward
-pass. Pruned models are saved; `--model` takes them again, to prune them further.
+pass. Pruned models are saved; `--model` takes them again, to prune them further. Every model is a
+line of `prune.jsonl` as soon as it is done; `--resume` goes on where a run was stopped.
 """
 
 import dataclasses
 import functools
-import math
 import time
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,16 +31,18 @@ from models import _prune as pruning
 from models import _text as texts
 from models._cli import Mistake, option
 from models._decoders import Decoder
-from models._language import heldout_bits
+from models._prune_bench import Bench, Row, digest, fit
 from models._prune_report import CRITERIA, DENSE, GIVEN, GRADIENT, MAGNITUDE, RANDOM, show, title
 from models._report import interleaved
 from models._runs import Runs, whereabouts
-from models._steps import adam, mean_bits, train_step
-from models._train import Progress, finite, output_folder, parameter_count
+from models._train import Checkpoints, CtrlC, Stopped, output_folder
 
 ABOUT = "Prunes a dense decoder to block-sparse form, and reports its losses before and after."
 HEADS = 4
-WARMUP = 0.1  # share of the steps in which the rate rises
+# what the model trained here depends on, beside its text
+TRAINED = ("heads", "width", "layers", "train_steps", "train_learning_rate", "weight_decay",
+           "batch", "length", "seed")  # fmt: skip
+HASH = "a text with the hash"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,7 @@ class Config:
         None, "folder with vocab.json and merges.txt; default: that of --model, if it has them"
     )
     out: Path = option(transformer.OUT, "folder for models, results and pictures")  # noqa: RUF009
+    resume: bool = option(False, "go on from the results and checkpoints in --out")
     densities: tuple[float, ...] = option(
         (0.75, 0.5, 0.25), "shares of the blocks to keep", above=0, most=1
     )
@@ -92,6 +94,7 @@ class Config:
     rounds: int = option(9, "timed forward passes of each model", least=1)
     seed: int = option(0, "of random blocks, batches, and weights", least=0, most=2**31 - 1)
     save: bool = option(True, "write the models to --out")
+    checkpoint_every: int = option(100, "steps between checkpoints", least=1)
     heads: int | None = option(
         None, f"of a GPT-2 without config.json, or of the model trained here (default: {HEADS})",
         least=1,
@@ -103,39 +106,7 @@ class Config:
     layers: int = option(2, "of the model trained here", least=1)
 
 
-class Row(NamedTuple):
-    """What is known of one model. Losses are bits per byte, or nats per token."""
-
-    method: str
-    density: float
-    stored: float  # the share of weights in the pruned layers
-    parameters: int
-    loss: float
-    tuned: float | None  # the loss after fine-tuning
-
-
-# --------------------------------------------------------------------------------- the training
-
-
-@nnx.jit
-def gradient(model: Any, data: jax.Array) -> nnx.State:
-    return nnx.grad(mean_bits)(model, data)
-
-
-def fit(
-    config: Config, model: Any, text: texts.Text, *, rate: float, steps: int, first: int, name: str
-) -> None:
-    """Trains a model in place, on the batches from number `first` on."""
-    optimizer = nnx.Optimizer(model, adam(rate, WARMUP, steps, config.weight_decay), wrt=nnx.Param)
-    sizes = {"seed": config.seed, "size": config.batch, "length": config.length}
-    with Progress(steps, tokens=config.batch * config.length, doing=name) as progress:
-        for step in range(steps):
-            data = jnp.asarray(texts.batch(text.train, first + step, **sizes))
-            loss = finite(name, train_step(model, optimizer, data))
-            progress.update(step + 1, f"{loss:.2f} bits")
-
-
-def own(config: Config, text: texts.Text) -> Decoder:
+def own(config: Config, text: texts.Text, stop: CtrlC) -> Decoder:
     """A small dense decoder of bytes, trained on the text."""
     heads = config.heads or HEADS
     cli.check_multiple("width", config.width, "2 x --heads", 2 * heads)
@@ -144,61 +115,20 @@ def own(config: Config, text: texts.Text) -> Decoder:
         trained_on=text.digest, batches=config.train_steps
     )
     pruning.weights(decoder.model, config.block)  # whether blocks fit, before it is trained
-    rate, steps = config.train_learning_rate, config.train_steps
-    fit(config, decoder.model, text, rate=rate, steps=steps, first=0, name="training dense")
+    about = {f"--{name}": getattr(config, name) for name in TRAINED}
+    saved = Checkpoints(config.out / "prune-checkpoint-training", about | {HASH: text.digest})
+    how = {"rate": config.train_learning_rate, "steps": config.train_steps, "first": 0}
+    fit(config, decoder.model, text, saved, stop, **how, name="training dense")
     return decoder
 
 
-# --------------------------------------------------------------------------------- the pruning
-
-
-class Bench(NamedTuple):
-    """What every model is measured with."""
-
-    config: Config
-    text: texts.Text
-    unit: str  # "byte" or "token"
-    first: int  # the number of the first batch that no model has seen
-
-    def loss(self, model: Any) -> float:
-        """On held-out text: bits per byte, or nats per token."""
-        c = self.config
-        # windows at a time: logits over many tokens take more memory than anything else
-        size = 4 * c.batch if self.unit == "byte" else c.batch
-        sizes = {"count": c.heldout, "length": c.length, "size": size}
-        found = heldout_bits(model, self.text.heldout, **sizes)
-        return found if self.unit == "byte" else found * math.log(2)
-
-    def gradients(self, model: Any) -> Iterator[nnx.State]:
-        """Of the loss of a few batches of training text, one by one."""
-        c = self.config
-        for i in range(c.score_batches):
-            sizes = {"seed": c.seed, "size": c.batch, "length": c.length}
-            data = jnp.asarray(texts.batch(self.text.train, self.first + i, **sizes))
-            yield gradient(model, data)
-
-    def row(self, method: str, density: float, stored: float, model: Any) -> Row:
-        """The losses of a model, which is fine-tuned in place."""
-        c, before = self.config, self.loss(model)
-        tuned = None
-        if c.steps:
-            name = f"fine-tuning {title(method, density)}"
-            fit(
-                c, model, self.text,
-                rate=c.learning_rate, steps=c.steps, first=self.first, name=name,
-            )  # fmt: skip
-            tuned = self.loss(model)
-        return Row(method, density, stored, parameter_count(model), before, tuned)
-
-
-def prune_all(bench: Bench, decoder: Decoder, add: Any) -> tuple[list[Row], dict[str, Any]]:
+def prune_all(bench: Bench) -> tuple[list[Row], dict[str, Any]]:
     """A row for each model, and the pruned models by their titles, fine-tuned."""
-    config, dense = bench.config, decoder.model
+    config, dense = bench.config, bench.decoder.model
     found = pruning.weights(dense, config.block)
     stored = pruning.share({name: one.stored for name, one in found.items()}, found)
     base = DENSE if stored == 1 else GIVEN
-    rows = [bench.row(base, stored, stored, pruning.clone(dense))]
-    add(rows[0])
+    rows = [bench.row(base, stored, stored, pruning.clone(dense))[0]]
     scores = {}
     if GRADIENT in config.criteria:
         scores = pruning.saliencies(dense, bench.gradients(dense), config.block)
@@ -214,9 +144,8 @@ def prune_all(bench: Bench, decoder: Decoder, add: Any) -> tuple[list[Row], dict
         for method in dict.fromkeys(config.criteria):
             model = pruning.pruned(dense, chosen[method], config.block)
             stored = pruning.share(chosen[method], found)
-            rows.append(bench.row(method, density, stored, model))
-            add(rows[-1])
-            kept[title(method, density)] = model
+            row, kept[title(method, density)] = bench.row(method, density, stored, model)
+            rows.append(row)
     return rows, kept
 
 
@@ -265,43 +194,45 @@ def main(argv: list[str] | None = None) -> int:
     start = time.perf_counter()
     decoder, text, unit = load(config)
     print(text.about)
+    try:
+        with CtrlC() as stop:
+            found = measured(config, decoder, text, unit, stop)
+    except Stopped:
+        return cli.stopped("models.prune", config, f"Results and checkpoints are in {config.out}")
+    show(config, unit, *found)
+    print(f"Models, numbers and pictures are in {config.out} ({time.perf_counter() - start:.0f} s)")
+    return 0
+
+
+def measured(
+    config: Config, decoder: Decoder | None, text: texts.Text, unit: str, stop: CtrlC
+) -> tuple[list[Row], dict[str, np.ndarray], dict[str, Any]]:
+    """A row for each model, the times of those with blocks of the first criterion, and the pruned
+    models. Raises `Stopped` after Ctrl-C."""
+    runs = Runs(config.out / "prune.jsonl", resume=config.resume)
     if decoder is None:
-        decoder = own(config, text)
+        decoder = own(config, text, stop)
         if config.save:
             _decoders.save(config.out / "prune-dense.safetensors", decoder)
     elif decoder.trained_on not in (None, text.digest):
         print("The model was trained on another text, which may hold what is held out here.")
-    runs = Runs(config.out / "prune.jsonl", resume=False)
     where = whereabouts(cli.shell_command("models.prune", config))
     where |= {name: version(name) for name in ("flax", "safetensors")}
     about = {
         name: getattr(config, name)
-        for name in ("block", "scope", "balance", "steps", "learning_rate", "weight_decay",
-                     "batch", "length", "heldout", "seed")
+        for name in ("block", "scope", "balance", "score_batches", "steps", "learning_rate",
+                     "weight_decay", "batch", "length", "heldout", "seed")
     }  # fmt: skip
-    about |= {"model": decoder.about, "text": text.digest, "loss": f"per {unit}"}
-
-    def add(row: Row) -> None:
-        facts = row._asdict()
-        settings = {name: facts.pop(name) for name in ("method", "density")}
-        runs.add(settings | about, facts, where)
-
-    rows, models = prune_all(Bench(config, text, unit, decoder.batches), decoder, add)
-    if config.save:
-        now = decoder._replace(batches=decoder.batches + config.steps)
-        now = now._replace(trained_on=text.digest) if config.steps else decoder
-        for name, model in models.items():
-            path = config.out / f"prune-{name.replace(' ', '-')}.safetensors"
-            _decoders.save(path, now._replace(model=model))
+    about |= {"model": decoder.about, "parameters with the hash": digest(decoder.model)}
+    about |= {"batches before": decoder.batches, "text": text.digest, "loss": f"per {unit}"}
+    rows, models = prune_all(Bench(config, text, unit, decoder, runs, where, about, stop))
     first_of = config.criteria[0]  # the others have as many blocks in all, and take as long
     timed = {name: model for name, model in models.items() if name.startswith(first_of)}
     print("Timing forward passes, the models in turn ...", flush=True)
     seconds = times(config, text, {rows[0].method: decoder.model, **timed})
     settings = {"timing": f"forward pass of {config.batch} x {config.length}", **about}
     runs.add(settings, {name: list(all_) for name, all_ in seconds.items()}, where)
-    show(config, unit, rows, seconds, models)
-    print(f"Models, numbers and pictures are in {config.out} ({time.perf_counter() - start:.0f} s)")
-    return 0
+    return rows, seconds, models
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from models._decoder import rotate as rotate
 from models._language import generate
 from models._mesh import Team, mesh_of
 from models._pictures import Pictures
+from models._runs import Runs, whereabouts
 from models._sizes import called, full, narrower, wide
 from models._sparse_attention import PATTERNS, stored
 from models._steps import adam, train_step
@@ -38,6 +39,8 @@ from models._train import Checkpoints, CtrlC, Progress, finite, output_folder
 
 ABOUT = "Trains a wide block-sparse language model beside a narrower dense one of equal size."
 OUT = Path(__file__).parent.parent / "out"
+# what numbers depend on, beside what a run must be resumed with
+MEASURED = ("accumulate", "remat", "data_parallel", "tensor_parallel", "heldout_bytes", "rounds")
 type Data = texts.Text | Pictures
 # "bernoulli" computes the whole product, and nothing would be saved
 SAMPLERS = ("uniform", "with_replacement", "systematic", "priority", "top_k", "wta")
@@ -80,6 +83,7 @@ class Config:
     summary: int = option(8, "columns that fixed shows of each chunk", least=1, same=True)
     dilation: int = option(4, "of dilated", least=1, same=True)
     random_blocks: int = option(3, "that bigbird draws for each", least=0, same=True)
+    top_blocks: int = option(3, "that each query and head chooses", least=1, same=True)
     per_head: bool = option(
         False, "heads take the two parts of strided and fixed in turn", same=True
     )
@@ -185,7 +189,8 @@ def contenders(config: Config, text: Data, sizes: dict[str, Size]) -> dict[str, 
         how = {"loss": team.losses[name], "accumulate": config.accumulate}
         found: dict[str, Any] = {"width": size.width, "parameters": parameters(config, size)}
         if config.attention != "dense":
-            found["scores"] = stored(config, config.heads) if size.sparse_attention else 1.0
+            column = "scores, at most" if config.attention == "top_blocks" else "scores"
+            found[column] = stored(config, config.heads) if size.sparse_attention else 1.0
         return {**found, "step": functools.partial(train_step, *run, data, **how)}
 
     return {name: facts(name, size) for name, size in sizes.items()}
@@ -242,6 +247,7 @@ def main(argv: list[str] | None = None) -> int:
     config, text = load(given)
     print(text.about)
     of_images = isinstance(text, Pictures)
+    kept = Runs(config.out / "transformer.jsonl", resume=True)  # a line for each run
     sparse = wide(config, text.shape if of_images else None)
     sizes = {called(config): sparse, "dense": narrower(config, sparse)}
     team = Team(config, sizes)
@@ -253,6 +259,8 @@ def main(argv: list[str] | None = None) -> int:
         return cli.stopped("models.transformer", given, f"The checkpoint is in {saved.folder}")
     for run in runs.values():
         run.model.eval()  # what is sampled in training is measured exactly
+    about |= {f"--{name}": getattr(config, name) for name in MEASURED}
+    where = whereabouts(cli.shell_command("models.transformer", given))
     write = generate if config.attention == "dense" else decoded
     compare(
         "transformer",
@@ -262,6 +270,7 @@ def main(argv: list[str] | None = None) -> int:
         trained={name: run.model for name, run in runs.items()},
         contenders=contenders(config, text, sizes),
         layer=functools.partial(layer, config),
+        keep=lambda found: kept.add(about, found, where),
     )
     return 0
 

@@ -15,6 +15,7 @@ import bsjax.nnx
 from bsjax.linen import from_nnx, to_nnx
 from tests.helpers import normal, random_mask
 
+pytestmark = pytest.mark.usefixtures("quick_compilations")
 MASK = random_mask(3, 3, 0.5, seed=4)
 X = normal(np.random.default_rng(0), (5, 23))
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import linen as nn
 from flax import nnx, serialization
 
@@ -10,6 +11,7 @@ import bsjax.linen
 import bsjax.nnx
 from tests.helpers import normal
 
+pytestmark = pytest.mark.usefixtures("quick_compilations")
 MASK = np.array([[1, 0, 1], [1, 1, 0]], bool)
 OPTIONS = {"pattern": MASK, "block": 4, "padding": "CIRCULAR", "kernel_dilation": (1, 2)}
 

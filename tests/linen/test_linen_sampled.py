@@ -13,6 +13,7 @@ import bsjax.nnx
 from bsjax.linen import SampledLinear, from_nnx, to_nnx
 from tests.helpers import assert_close, assert_raises, normal
 
+pytestmark = pytest.mark.usefixtures("quick_compilations")
 IN, OUT, DEPTH = 16, 6, 3
 KEY, OTHER = jax.random.key(7), jax.random.key(8)
 X = normal(np.random.default_rng(0), (5, IN))

@@ -12,32 +12,20 @@ import pytest
 from flax import nnx
 
 import bsjax.nnx
-from models import _corpus, _decoders, prune
+from models import _corpus, _decoders, _prune_bench, prune
 from models import _prune as pruning
 from models import _text as texts
-from models._cli import Mistake
+from models._cli import INTERRUPTED, Mistake
 from models._language import heldout_bits
 from models._train import Checkpoints
 from models.transformer import Run, Size, Transformer, block_sparse, dense
 from tests.helpers import of_one_sign
 from tests.models import gpt2 as files
-from tests.models import stories
 from tests.models import test_bpe as bpe
-from tests.models.stories import one_line
+from tests.models.prune_runs import SIZES, TINY, run_main
+from tests.models.stories import ctrl_c_at, one_line, way_back
 from tests.models.tiny import config as transformer_config
 from tests.models.tiny import optax_promotes, write_words
-
-SIZES = "--block 8 --length 16 --batch 2 --heldout 64 --rounds 1 --densities 0.5"
-TINY = shlex.split(  # as many steps of both kinds, at one rate: they compile once
-    f"{SIZES} --train_steps 15 --train_learning_rate 0.02 --steps 15 --learning_rate 0.02 "
-    "--width 16 --heads 2 --layers 1"
-)
-
-
-def run_main(flags):
-    """(exit code, what was printed)."""
-    with optax_promotes():
-        return stories.run_main(prune, flags)
 
 
 def lines(out):
@@ -58,6 +46,58 @@ def story(tmp_path_factory, text):
     return types.SimpleNamespace(
         out=out, words=words, code=code, printed=printed, rows=rows, times=times, text=loaded
     )
+
+
+@pytest.fixture(scope="module")
+def gone_on(story, tmp_path_factory):
+    """The same, stopped in step 7 of training and in step 5 of fine-tuning the largest blocks."""
+    out = tmp_path_factory.mktemp("gone on")
+    flags, found = [*TINY, "--data", story.words, "--out", out], []
+    for wanted in (7, 8 + 15 + 5):
+        with ctrl_c_at(wanted, _prune_bench, "train_step"):
+            code, printed = run_main(flags)
+        flags = way_back(prune, printed)
+        found.append((code, printed, flags, sorted(path.name for path in out.iterdir())))
+    code, printed = run_main(flags)
+    return types.SimpleNamespace(out=out, stops=found, code=code, printed=printed, flags=flags)
+
+
+def test_ctrl_c_ends_after_the_step_and_tells_the_way_back(story, gone_on):
+    (first, said, flags, made), (second, then, _, later) = gone_on.stops
+    assert (first, second, gone_on.code) == (INTERRUPTED, INTERRUPTED, 0)
+    assert f"Stopped. Results and checkpoints are in {gone_on.out}; go on with" in said
+    assert "--resume" in flags
+    assert made == ["prune-checkpoint-training"]
+    assert "training dense: going on from step 7." in then
+    assert "fine-tuning magnitude 0.5: going on from step 5." in gone_on.printed
+    kept = {"prune-checkpoint-training", "prune-dense.safetensors", "prune.jsonl"}
+    assert set(later) == kept | {"prune-checkpoint-magnitude-0.5"}
+    assert {path.name for path in gone_on.out.iterdir()} == kept | {
+        path.name for path in story.out.iterdir()
+    }
+    assert f"dense: in {gone_on.out / 'prune.jsonl'} already" in gone_on.printed
+
+
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(story, gone_on):
+    rows, _ = lines(gone_on.out)
+    for name, line in story.rows.items():
+        assert rows[name]["result"] == line["result"]
+        assert rows[name]["settings"] == line["settings"]
+    for path in story.out.glob("*.safetensors"):
+        assert (gone_on.out / path.name).read_bytes() == path.read_bytes()
+
+
+def test_what_is_known_is_not_trained_again(gone_on, monkeypatch):
+    monkeypatch.setattr(_prune_bench, "train_step", None)
+    code, printed = run_main(gone_on.flags)
+    assert code == 0
+    for name in ("dense", "magnitude 0.5", "random 0.5"):
+        assert f"{name}: in {gone_on.out / 'prune.jsonl'} already" in printed
+
+
+def test_going_on_with_something_else_is_refused(gone_on):
+    with one_line(r"prune-checkpoint-training/15 has --batch 2, this run 3: give what it was made"):
+        run_main([*gone_on.flags, "--batch", 3])
 
 
 def loss(model, story):
@@ -221,76 +261,3 @@ def test_a_text_is_cut_by_the_tokenizer(tmp_path):
     raw, unit = _corpus.load(256, 20, data=data)
     assert unit == "byte"
     assert raw.train.dtype == np.uint8
-
-
-# ------------------------------------------------------------------------------------ mistakes
-
-
-@pytest.fixture
-def folder(tmp_path, text, monkeypatch):
-    """Words, a GPT-2 and tokens, in the working directory."""
-    monkeypatch.chdir(tmp_path)
-    write_words(tmp_path, text)
-    files.write(tmp_path / "model", files.tensors(layers=1))
-    np.save("ids.npy", np.arange(400) % 37)
-    np.save("large.npy", np.arange(400) % 38)
-    np.save("square.npy", np.ones((20, 20), int))
-    np.save("few.npy", np.arange(30))
-    (tmp_path / "ids.txt").write_text("1 2 3")
-    bpe.write(tmp_path, bpe.vocabulary(), bpe.MERGES)
-    return tmp_path
-
-
-GPT2 = "--model model --tokens ids.npy"
-MISTAKES = {
-    "density": ("--densities 0", r"--densities must be above 0 and at most 1, got 0\.0"),
-    "scope": ("--scope all", r"argument --scope: invalid choice: 'all' \(choose from"),
-    "width": ("--width 18 --heads 4", r"--width 18 is no multiple of 2 x --heads \(8\): try 16 or"),
-    "model": ("--model nowhere", "nowhere does not exist: check the path given with --model"),
-    "text": ("--model words.txt", "words.txt is no safetensors file"),
-    "length": (f"{GPT2} --length 21", "--length 21 is more than the 20 positions of the model"),
-    "bytes": ("--model model", "a vocabulary of 37 tokens, so bytes do not fit it: give --tokens"),
-    "block": (f"{GPT2} --block 25", r"--block 25 is larger than a side of the layer layers\.0\."),
-    "large": (
-        "--model model --tokens large.npy",
-        "large.npy has ids from 0 to 37, the model a vocabulary of 37: use the tokenizer",
-    ),
-    "square": ("--model model --tokens square.npy", r"holds int64 numbers of shape \(20, 20\)"),
-    "few": ("--model model --tokens few.npy", "3 held-out tokens are fewer than one window of 17"),
-    "txt": ("--model model --tokens ids.txt", "--tokens ids.txt must end in .npy or .bin"),
-    "missing": ("--model model --tokens no.npy", "no.npy has no tokens to read"),
-    "both": (f"{GPT2} --data words.txt", "--tokens are the text already: leave --data and"),
-    "three": (f"{GPT2} ids.npy ids.npy", "--tokens has 3 files: give one, or one to train on and"),
-    "tokenizer": ("--model model --tokenizer model", "no tokenizer in model .*: name a folder"),
-    "vocabulary": ("--model model --tokenizer .", "has ids from .* the model a vocabulary of 37"),
-}
-
-
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line_that_says_what_to_do(name, folder):
-    flags, message = MISTAKES[name]
-    data = [] if "--tokens" in flags and "--data" not in flags else ["--data", "words.txt"]
-    argv = [*TINY, *data, "--out", "out", *shlex.split(flags)]
-    with one_line(message):
-        run_main(argv)
-
-
-def test_a_block_that_is_too_large_is_told_before_training(folder, monkeypatch):
-    monkeypatch.setattr(prune, "fit", None)
-    with pytest.raises(Mistake, match=r"^--block 40 is larger than a side of the layer"):
-        run_main([*TINY, "--data", "words.txt", "--out", "out", "--block", "40"])
-
-
-def test_a_saved_file_that_was_changed_says_so(tmp_path):
-    model = _decoders.start({"layers": 1, "heads": 2}, 8)
-    _decoders.save(tmp_path / "a.safetensors", model)
-    tensors = files.tensors(layers=1)
-    for said, message in {
-        "{}": r"a.safetensors does not say what it holds \(KeyError\): it was made by another",
-        json.dumps({"kind": "transformer", "about": model.about, "patterns": {}}): (
-            r"a.safetensors lacks .* and has unknown .*: it does not hold what it says"
-        ),
-    }.items():
-        _decoders._tensors.write(tmp_path / "a.safetensors", tensors, {"bsjax": said})
-        with pytest.raises(Mistake, match=message):
-            _decoders.load(tmp_path / "a.safetensors")

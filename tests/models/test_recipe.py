@@ -12,6 +12,7 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from models import _report, transformer
@@ -21,6 +22,7 @@ from tests.models.stories import one_line
 from tests.models.tiny import TINY, ctrl_c_at, optax_promotes, write_words
 
 HOUSE = Path(__file__).parents[2]
+EARLIER = '{"settings": {}, "result": {}}\n'
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,8 @@ def story(text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("story")
     out, words = folder / "out", write_words(folder, text)
     flags = [*TINY, "--data", str(words), "--out", str(out)]
+    out.mkdir()
+    (out / "transformer.jsonl").write_text(EARLIER)
     with pytest.MonkeyPatch.context() as patch, optax_promotes():
         patch.setattr(_report, "DENSITIES", (0.125, 0.5))
         stopped, began = io.StringIO(), io.StringIO()
@@ -70,6 +74,16 @@ def test_the_recipe_from_flags_to_pictures(story):
     assert made == pictures
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in story.out.glob("*.png"))
     models = json.loads((story.out / "transformer.json").read_text())["models"]
+    # a line is added to those of other runs
+    before, line = (story.out / "transformer.jsonl").read_text().splitlines()
+    assert f"{before}\n" == EARLIER
+    kept = json.loads(line)
+    assert kept["result"]["models"] == models
+    for name, row in models.items():
+        if "ms/step" in row:
+            assert np.median(kept["result"]["seconds"][name]) * 1e3 == row["ms/step"]
+    assert kept["settings"]["--rounds"] == 2
+    assert shlex.quote(str(story.words)) in kept["where"]["command"]
     sparse, narrow = models["block-sparse"], models["dense"]
     assert abs(sparse["parameters"] / narrow["parameters"] - 1) < 0.02
     assert sparse["stored"] == 0.25

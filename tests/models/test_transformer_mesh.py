@@ -141,6 +141,7 @@ SAMPLED = "--sparse none --sample 0.5"
     [
         slow(SPARSE, "sparse", 8, 1),
         (SPARSE, "sparse", 2, 2),
+        slow("--attention top_blocks --attention_block 4 --top_blocks 2", "sparse", 2, 2),
         slow("", "dense", 1, 2),
         slow("", "sparse", 2, 2),
         slow(f"{GATED} --density 0.5", "sparse", 2, 2),

@@ -21,6 +21,7 @@ from tests.models.tiny import TERMS, config, optax_promotes
 from tests.transformer.oracle import assert_close
 
 L = 16  # positions
+CHUNKS = "chunks --window 4"
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +86,7 @@ def test_a_pattern_shows_the_keys_that_it_is_said_to_show(line):
 
 def test_every_pattern_is_a_choice_and_tested():
     tested = {line.split()[0] for line in SEEN}
-    assert {"dense", "bigbird", *tested} == set(sparse_attention.PATTERNS)
+    assert {"dense", "bigbird", "top_blocks", *tested} == set(sparse_attention.PATTERNS)
 
 
 def test_bigbird_has_a_window_first_blocks_and_random_ones_other_in_each_layer():
@@ -100,6 +101,19 @@ def test_bigbird_has_a_window_first_blocks_and_random_ones_other_in_each_layer()
     assert counts.min() >= 3
     assert counts.max() <= 5
     assert sparse_attention.stored(c, 2) == one.sum() / (40 * 41 / 2)
+
+
+def test_of_chosen_blocks_the_share_that_could_be_stored_is_told():
+    """Four queries of a block choose two each: eight blocks, or all that there are before it."""
+    c = flags("--attention top_blocks --top_blocks 2 --length 160")
+    assert sparse_attention.stored(c, 2) == sum(min(i, 8) for i in range(1, 41)) / (40 * 41 / 2)
+
+
+def test_one_chosen_block_is_the_own_one():
+    """So it is attention in chunks, in a model of the same weights."""
+    models = (model_of(f"--attention {name}") for name in ("top_blocks --top_blocks 1", CHUNKS))
+    one, other = (call(model, some()) for model in models)
+    assert_close(one, other, TERMS)
 
 
 def test_two_steps_of_the_strided_pattern_reach_everything_before():
@@ -138,7 +152,8 @@ def test_causal_blocks_are_the_attention_of_the_dense_model():
 @pytest.mark.parametrize(
     "attention",
     [
-        "window",
+        "top_blocks --top_blocks 2",
+        slow("window"),
         slow("strided --per_head"),
         slow("bigbird --random_blocks 1"),
         slow("fixed --summary 1"),

@@ -45,7 +45,12 @@ CASES = {
 }
 
 
-SLOW = ("lstm", "multiplicative, norm", "small world, two steps, spare slots")
+SLOW = (
+    "lstm",
+    "multiplicative, norm",
+    "small world, one step, one block",
+    "small world, two steps, spare slots",
+)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +111,19 @@ def test_equations(name, options):
         np.testing.assert_allclose((np.asarray(dcarry[i]) * v).sum(), want, rtol=1e-8)
 
 
+@pytest.mark.usefixtures("x64")
+def test_one_internal_step_does_both():
+    """The input multiplies and is added in one: forward, quickly."""
+    cell = make(noisy=True, **CASES["small world, one step, one block"][1])
+    x = sequence(1)
+    carry = tuple(cotangent((len(x), HIDDEN)) * s for s in (1, 0.5))
+    got = nnx.jit(lambda cell, carry, x: cell(carry, x))(cell, carry, x[:, 0])
+    y, last = oracle.run(cell, oracle.numbers(cell), *jax.tree.map(np.asarray, (carry, x)))
+    for a, b in zip(jax.tree.leaves(got), (*last, y[:, 0]), strict=True):
+        np.testing.assert_allclose(a, b.real, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.usefixtures("x64")  # as most tests: what makes a cell is compiled for either
 @pytest.mark.parametrize("name", NAMES)
 def test_begins_as_its_sources_say(name):
     """Forget bias, gains of one, and, in a small world, matrices that are the identity."""
@@ -138,9 +156,10 @@ def test_lstm_is_flax_lstm():
     theirs.dense_h.bias.set_value(bias.reshape(-1))
     x = sequence()[:, 0]
     carry = tuple(cotangent((len(x), HIDDEN)) * s for s in (1, 2))
-    agree(ours(carry, x), theirs(carry, x))
+    agree(*nnx.jit(lambda *cells: [cell(carry, x) for cell in cells])(ours, theirs))
 
 
+@pytest.mark.usefixtures("x64")
 def test_diagonal_is_always_there():
     bare = np.zeros((3, 3), bool)
     cell = make(pattern=bare)
