@@ -76,7 +76,9 @@ def coming(layer: str, index: Array, count: int, lengths: Any) -> tuple[Array, A
             f"{layer}: `kv_lengths` of shape {lengths.shape} must have {index.shape}: how many of "
             "the new positions each sequence has."
         )
-    return at, lengths.clip(0, count)
+    more = lengths.clip(0, count)
+    # those that do not count may lie past the end of a table: they are where the last one is
+    return jnp.minimum(at, (index + more - 1).clip(0)[..., None]), more
 
 
 def attend_cached(

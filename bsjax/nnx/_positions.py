@@ -12,7 +12,7 @@ from bsjax._positions import LAYER
 
 
 class LearnedPositions(nnx.Module):
-    """`x + embedding[positions]`: a learned row for each of `length` positions, of so many features.
+    """`x + embedding[positions]`: a learned row of `features` for each of `length` positions.
 
     For the inputs of the first layer of a model. Positions are counted from 0, or given by
     `input_positions`. Decoding as in `BlockAttention`: `init_cache`, then calls with `decode=True`
@@ -56,7 +56,8 @@ class LearnedPositions(nnx.Module):
                 )
             index = self.cache_index[...]
             next_ones, more = _decoding.coming(LAYER, index, x.shape[-2], kv_lengths)
-            at, self.cache_index[...] = next_ones if at is None else at, index + more
+            self.cache_index[...] = index + more
+            at = next_ones if at is None else at
         elif at is None:
             at = np.arange(x.shape[-2])
         return _positions.added(x, self.embedding[...], at, self.dtype)

@@ -98,8 +98,9 @@ class BlockTransformerLayer(nnx.Module):
         decode: bool | None = None,
     ) -> Float[Array, "*n q m"]:
         """The layer's output for `x[..., positions, features]`, and the output of an encoder if the
-        layer attends to one and has not kept its keys in the cache. `encoded_lengths` and `encoded_segment_ids` are of the latter; the
-        other arguments are those of a call of `BlockAttention`."""
+        layer attends to one and has not kept its keys in the cache. `encoded_lengths` and
+        `encoded_segment_ids` are of the latter; the other arguments are those of a call of
+        `BlockAttention`."""
         cross = self.cross_attention
         kept = (
             cross is not None and cross.has_keys() and (cross.decode if decode is None else decode)
