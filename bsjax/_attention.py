@@ -209,10 +209,9 @@ def _choice(
         same = ours, ids.min(-1), ids.max(-1)
 
     def among(at: Any) -> Bool[Array, "..."]:
-        found = None
-        if stored is not None:
-            found = stored.at[..., at // br, :].get(mode="clip")
+        found = None if stored is None else stored.at[..., at // br, :].get(mode="clip")
         if same is None:
+            assert found is not None
             return found
         here, least, most = same[0].at[..., at, :].get(mode="clip"), *same[1:]
         inside = (least <= here) & (here <= most)

@@ -52,6 +52,10 @@ class BlockAttention(nnx.Module):
     attend to keys and values of other inputs that are computed once.
     """
 
+    cached_key: Any
+    cached_value: Any
+    cache_index: Any
+
     def __init__(
         self,
         num_heads: int,
