@@ -228,9 +228,9 @@ def step(
             "own, with `kv_lengths` and a cache that is `ragged`."
         )
     count, start = q.shape[-3], state.index
-    fits(state.key, k)
     at, more = coming(LAYER, start, count, lengths)
     room(start, more, state.key.shape[-3])
+    fits(state.key, k)
     q, k = positioned(o, q, k, at if positions is None else positions, True)
     if start.ndim:
         return _ragged(o, state, q, k, v, at, jnp.broadcast_to(more, start.shape), **params)
