@@ -10,6 +10,7 @@ from bsjax import masks
 from bsjax.ops import _elementwise, _hoist
 from tests.helpers import assert_raises
 
+pytestmark = pytest.mark.usefixtures("quick_compilations")
 S = 50
 IDS = np.sort(np.random.default_rng(0).integers(0, 4, S))
 Q, K = np.arange(S)[:, None], np.arange(S)[None]
