@@ -171,7 +171,9 @@ def select(
     def one(best: Array, joined: Array) -> tuple[BlockPattern, Array]:
         p = BlockPattern.from_mask(joined[:r], block, capacity=capacity)
         best = best[: r * br].reshape(r, br, -1)
-        return p, (best.at[p.row].get(mode="clip") == p.col[:, None, None]).any(-1)[..., None]
+        return p, (best.at[p.row].get(mode="fill", fill_value=-1) == p.col[:, None, None]).any(-1)[
+            ..., None
+        ]
 
     found = one(*(a.reshape(-1, *a.shape[-2:]) for a in (best, joined)))
     return jax.tree.map(lambda a: a.reshape(*lead, h, *a.shape[1:]), found)
@@ -185,7 +187,8 @@ def _lift(a: Array, like: Array) -> Array:
 def by_query(
     chosen: Bool[Array, "*n q c"], block: tuple[int, int], capacity: int
 ) -> tuple[BlockPattern, Bool[Array, "*n e br 1"]]:
-    """The pattern of the key blocks that queries chose, and which of a block's queries did."""
+    """The pattern of the key blocks that queries chose, and which of a block's queries did; none in
+    spare slots."""
     (*lead, length, c), (br, _) = chosen.shape, block
     r = math.ceil(length / br)
 
@@ -193,7 +196,7 @@ def by_query(
     def one(chosen: Array) -> tuple[BlockPattern, Array]:
         chosen = jnp.pad(chosen, ((0, r * br - length), (0, 0))).reshape(r, br, c)
         p = BlockPattern.from_mask(chosen.any(1), block, capacity=capacity)
-        return p, chosen.at[p.row, :, p.col].get(mode="clip")[..., None]
+        return p, chosen.at[p.row, :, p.col].get(mode="fill", fill_value=False)[..., None]
 
     found = one(chosen.reshape(math.prod(lead), length, c))
     return jax.tree.map(lambda a: a.reshape(*lead, *a.shape[1:]), found)
