@@ -193,25 +193,33 @@ def seen_from(o: Options, start: Any) -> Any:
 
 def _choice(
     o: Options, pattern: BlockPattern | None, shape: tuple[int, ...], q_ids: Any, kv_ids: Any
-) -> Bool[Array, "..."] | None:
-    """`[..., *h, q, c]`: which blocks are stored for a query and may have keys of its segment; or
-    None: all. `shape` is that of the sequences, `(..., positions)`."""
-    (*lead, length), (br, bc), found = shape, o.block, None
+) -> Any:
+    """A function of query indices `[rows]` that gives `[..., *h, rows, c]`: which blocks are stored
+    for a query and may have keys of its segment; or None: all. `shape` is that of the sequences,
+    `(..., positions)`."""
+    (*lead, length), (br, bc) = shape, o.block
+    stored = same = None
     if pattern is not None or o.mask is not None:
         stored = jnp.asarray(grid(o, pattern, (length, length)))
-        *heads, r, c = stored.shape
-        stored = jnp.broadcast_to(stored[..., None, :], (*heads, r, br, c))
-        found = stored.reshape(*heads, r * br, c)[..., :length, :]
-    if q_ids is None or kv_ids is None:
-        return found
-    ours = whole("q_segment_ids", q_ids, tuple(lead), (length,)).reshape(*lead, 1, length, 1)
-    ids = whole("kv_segment_ids", kv_ids, tuple(lead), (length,))
-    ids = jnp.pad(ids, ((0, 0), (0, -length % bc)), mode="edge")
-    ids = ids.reshape(*lead, 1, 1, math.ceil(length / bc), bc)
-    same = (ids.min(-1) <= ours) & (ours <= ids.max(-1))
-    if found is None:
-        return same
-    return same & found.reshape((1,) * (same.ndim - found.ndim) + found.shape)
+    if q_ids is not None and kv_ids is not None:
+        ours = whole("q_segment_ids", q_ids, tuple(lead), (length,)).reshape(*lead, 1, length, 1)
+        ids = whole("kv_segment_ids", kv_ids, tuple(lead), (length,))
+        ids = jnp.pad(ids, ((0, 0), (0, -length % bc)), mode="edge")
+        ids = ids.reshape(*lead, 1, 1, math.ceil(length / bc), bc)
+        same = ours, ids.min(-1), ids.max(-1)
+
+    def among(at: Any) -> Bool[Array, "..."]:
+        found = None if stored is None else stored.at[..., at // br, :].get(mode="clip")
+        if same is None:
+            assert found is not None
+            return found
+        here, least, most = same[0].at[..., at, :].get(mode="clip"), *same[1:]
+        inside = (least <= here) & (here <= most)
+        if found is None:
+            return inside
+        return inside & found.reshape((1,) * (inside.ndim - found.ndim) + found.shape)
+
+    return None if stored is None and same is None else among
 
 
 def run(

@@ -11,12 +11,12 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from bsjax._attention import LAYER, Options, grid, positioned, run, seen_from
 from bsjax.ops._reference import accumulator
-from bsjax.ops._top_blocks import block_means, by_query, choices
+from bsjax.ops._top_blocks import block_means, by_query, choices, select
 from bsjax.pattern import BlockPattern, is_concrete
 
 
-def written(cache: Array, new: Array, start: Any) -> Array:
-    """`cache[..., s, g, d]` with the positions `new` from `start` on."""
+def fits(cache: Array, new: Array) -> None:
+    """An error if `cache[..., s, g, d]` is not one for `new[..., t, g, d]`."""
     if cache.shape[:-3] != new.shape[:-3] or cache.shape[-2:] != new.shape[-2:]:
         raise ValueError(
             f"{LAYER}: the cache has shape {cache.shape}, but new keys have {new.shape}: make it "
@@ -27,6 +27,11 @@ def written(cache: Array, new: Array, start: Any) -> Array:
             f"{LAYER}: {new.shape[-3]} positions do not fit a cache of {cache.shape[-3]}: make it "
             "for the longest sequence."
         )
+
+
+def written(cache: Array, new: Array, start: Any) -> Array:
+    """`cache[..., s, g, d]` with the positions `new` from `start` on."""
+    fits(cache, new)
     return lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), start, axis=-3)
 
 
@@ -40,13 +45,40 @@ def check_cross(o: Options, pattern: Any) -> None:
         )
 
 
-def room(start: Any, count: int, size: int) -> None:
+def room(start: Any, count: Any, size: int) -> None:
     """An error if positions do not fit, where this can be seen."""
-    if is_concrete(start) and int(start) + count > size:
+    if not is_concrete(start, count):
+        return
+    taken, more = (a.ravel() for a in np.broadcast_arrays(np.asarray(start), np.asarray(count)))
+    if len(taken) and (taken + more).max() > size:
+        worst = int((taken + more).argmax())
         raise ValueError(
-            f"{LAYER}: the cache holds {size} positions and {int(start)} are taken, so {count} "
-            "more do not fit: make it for the longest sequence."
+            f"{LAYER}: the cache holds {size} positions and {taken[worst]} are taken, so "
+            f"{more[worst]} more do not fit: make it for the longest sequence."
         )
+
+
+def coming(layer: str, index: Array, count: int, lengths: Any) -> tuple[Array, Array | int]:
+    """The positions `[..., t]` of the next `count` ones, and how many of them each sequence has, of
+    a cache that has counted `index[...]` for each sequence, or `index` for all."""
+    steps = jnp.arange(count, dtype=jnp.int32).reshape((1,) * index.ndim + (count,))
+    at = index[..., None] + steps
+    if lengths is None:
+        return at, count
+    if not index.ndim:
+        raise ValueError(
+            f"{layer}: `kv_lengths` do not go with this cache, in which all sequences have the "
+            "same positions: make one that counts those of each sequence, with `ragged=True`."
+        )
+    lengths = jnp.asarray(lengths, jnp.int32)
+    if lengths.shape != index.shape:
+        raise ValueError(
+            f"{layer}: `kv_lengths` of shape {lengths.shape} must have {index.shape}: how many of "
+            "the new positions each sequence has."
+        )
+    more = lengths.clip(0, count)
+    # those that do not count may lie past the end of a table: they are where the last one is
+    return jnp.minimum(at, (index + more - 1).clip(0)[..., None]), more
 
 
 def attend_cached(
@@ -57,6 +89,7 @@ def attend_cached(
     start: Any,
     means: Any = None,
     *,
+    more: Any = None,
     pattern: BlockPattern | None,
     bias: Any = None,
     **params: Any,
@@ -64,7 +97,7 @@ def attend_cached(
     """Attention of `q[..., t, h, d]`, at positions from `start` on, to caches `[..., s, g, d]`.
 
     A query sees what it sees in the whole sequence, but no key behind itself. NaN where positions
-    lie behind the cache.
+    lie behind the cache, of the first `more` queries if not of all.
     """
     t, s, (br, bc) = q.shape[-3], k.shape[-3], o.block
     start = jnp.asarray(start, jnp.int32)
@@ -79,11 +112,17 @@ def attend_cached(
     # so many block-rows may share the positions of one block of queries
     shared = 1 if t == 1 else 2
     if o.top_blocks is not None:  # each of these positions makes choices of its own
-        stored = choices(q, _padded(means, c), at // bc, stored, o.top_blocks)
         most, shared, counted = min(most, o.top_blocks), min(t, br), True
     width = min(c, shared * most)
     # lists that end early read less than blocks side by side where those may be all
     listed = t > br or not counted or (o.top_blocks is not None and t > 1 and width == c)
+    rows = (min(max(1, t), br), bc)
+    slots = -(-t // rows[0]) * width
+    if o.top_blocks is not None:
+        to_choose = q, _padded(means, c), at // bc, stored, o.top_blocks
+        found = select(*to_choose, rows, slots) if listed else choices(*to_choose)
+    else:
+        found = by_query(stored, rows, slots) if listed else stored
 
     def moved(head: Any, q: Any, k: Any) -> Any:
         return bias(head, start + q, k)
@@ -91,15 +130,18 @@ def attend_cached(
     functions = seen_from(o, start), None if bias is None else moved
 
     def out(o: Options) -> Array:
-        return (_in_rows if listed else _gathered)(o, q, k, v, stored, width, functions, params)
+        if not isinstance(found, tuple):
+            return _gathered(o, q, k, v, found, width, functions, params)
+        (p, chosen), (seen, bias) = found, functions  # many blocks of queries
+        return run(o, q, k, v, p, seen, (chosen,), bias=bias, **params)
 
     # `auto` takes slots for blocks, and of such lists most slots may be spare
     if o.implementation == "auto" and listed and (not counted or o.top_blocks is not None):
         lists = dataclasses.replace(o, implementation="xla")
-        found = lax.platform_dependent(cpu=lambda: out(lists), default=lambda: out(o))
+        y = lax.platform_dependent(cpu=lambda: out(lists), default=lambda: out(o))
     else:
-        found = out(o)
-    return jnp.where(start + t <= s, found, jnp.nan)
+        y = out(o)
+    return jnp.where(start + (t if more is None else more) <= s, y, jnp.nan)
 
 
 def _gathered(
@@ -144,24 +186,12 @@ def _gathered(
     return run(o, q, k, v, p, seen, rows, bias=bias, **params)
 
 
-def _in_rows(
-    o: Options, q: Array, k: Array, v: Array, stored: Bool[Array, "*n t c"], width: int,
-    functions: tuple[Any, Any], params: dict[str, Any],
-) -> Array:  # fmt: skip
-    """Many blocks of queries: a pattern of those that begin at `start`."""
-    t, bc = stored.shape[-2], o.block[1]
-    br = min(max(1, t), o.block[0])
-    p, chosen = by_query(stored, (br, bc), -(-t // br) * width)
-    seen, bias = functions
-    return run(o, q, k, v, p, seen, (chosen,), bias=bias, **params)
-
-
 class State(NamedTuple):
     """A cache, how many of its positions are taken, and what blocks are chosen by."""
 
     key: Float[Array, "*n s g d"]
     value: Float[Array, "*n s g d"]
-    index: Int32[Array, ""]
+    index: Int32[Array, "..."]  # [*n] where each sequence has positions of its own
     mean: Float[Array, "*n c g d"] | None = None  # of each whole block of keys
 
 
@@ -169,7 +199,7 @@ class State(NamedTuple):
 CACHE = ("cached_key", "cached_value", "cache_index", "cached_mean")
 
 
-def empty(o: Options, input_shape: tuple[int, ...], dtype: Any) -> State:
+def empty(o: Options, input_shape: tuple[int, ...], dtype: Any, ragged: bool) -> State:
     """For inputs `(..., positions, features)`."""
     *lead, s, _ = input_shape
     kept = (o.num_kv_heads, o.head_dim)
@@ -177,7 +207,7 @@ def empty(o: Options, input_shape: tuple[int, ...], dtype: Any) -> State:
     mean = None
     if o.top_blocks is not None:
         mean = jnp.zeros((*lead, s // o.block[1], *kept), accumulator(key))
-    return State(key, value, jnp.int32(0), mean)
+    return State(key, value, jnp.zeros(lead if ragged else (), jnp.int32), mean)
 
 
 def step(
@@ -191,20 +221,48 @@ def step(
     **params: Any,
 ) -> tuple[Array, State]:
     """The next positions: what they see, and the cache with them in it."""
-    if any(one is not None for one in others):
+    *segments, lengths = others
+    if any(ids is not None for ids in segments):
         raise ValueError(
-            f"{LAYER}: segments and `kv_lengths` do not go with decoding: all sequences of a cache "
-            "have the same positions. Decode sequences of other lengths apart."
+            f"{LAYER}: segments do not go with decoding: decode each document as a sequence of its "
+            "own, with `kv_lengths` and a cache that is `ragged`."
         )
     count, start = q.shape[-3], state.index
-    room(start, count, state.key.shape[-3])
-    if positions is None:
-        positions = start + jnp.arange(count, dtype=jnp.int32)
-    q, k = positioned(o, q, k, positions, True)
+    at, more = coming(LAYER, start, count, lengths)
+    room(start, more, state.key.shape[-3])
+    fits(state.key, k)
+    q, k = positioned(o, q, k, at if positions is None else positions, True)
+    if start.ndim:
+        return _ragged(o, state, q, k, v, at, jnp.broadcast_to(more, start.shape), **params)
     key, value = (written(a, b, start) for a, b in zip(state[:2], (k, v), strict=True))
     means = None if state.mean is None else _renewed(state.mean, key, start, count, o.block[1])
     y = attend_cached(o, q, key, value, start, means, **params)
     return y, State(key, value, start + count, means)
+
+
+def _ragged(
+    o: Options, state: State, q: Array, k: Array, v: Array, at: Array, more: Array, **params: Any
+) -> tuple[Array, State]:
+    """`step` of sequences with positions of their own: the first `more[...]` of the new ones count,
+    and the others are not written. What these give is of no use, but finite."""
+    count, size = q.shape[-3], state.key.shape[-3]
+    steps = jnp.arange(count, dtype=jnp.int32).reshape((1,) * more.ndim + (count,))
+    at = jnp.where(steps < more[..., None], at, size)
+
+    def one(state: State, q: Array, k: Array, v: Array, at: Array, more: Array) -> Any:
+        key, value = (
+            old.at[at].set(new.astype(old.dtype), mode="drop")
+            for old, new in zip(state[:2], (k, v), strict=True)
+        )
+        start, means = state.index, state.mean
+        # blocks behind the last new position are renewed in vain, and again when they are written
+        means = None if means is None else _renewed(means, key, start, count, o.block[1])
+        y = attend_cached(o, q, key, value, start, means, more=more, **params)
+        return y, State(key, value, start + more, means)
+
+    for _ in range(more.ndim):
+        one = jax.vmap(one)
+    return one(state, q, k, v, at, more)
 
 
 def _renewed(means: Array, key: Array, start: Any, count: int, bc: int) -> Array:

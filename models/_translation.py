@@ -111,26 +111,26 @@ class Translator(nnx.Module):
     def decode(
         self,
         target: jax.Array,
-        encoded: jax.Array,
+        encoded: jax.Array | None,
         lengths: jax.Array,
         *,
         at: Any = None,
     ) -> jax.Array:
         """Logits, float32. With `at` the target is the tokens from that position on, and those
-        before it are in the cache."""
+        before it are in the cache, with what is attended to of `encoded`."""
         x, cached = self._embed(target, 0 if at is None else at), at is not None
         for one in self.decoder:
             if cached:
-                x = one(x, encoded, encoded_lengths=lengths, decode=True)
+                x = one(x, encoded_lengths=lengths, decode=True)
             else:
                 x = CALLS[self.size.remat](one, x, encoded, lengths)
         x = self.decoder_norm(x)
         return (x @ self.embedding[...].astype(x.dtype).T).astype(jnp.float32)
 
-    def init_cache(self, n: int, length: int) -> None:
-        """An empty cache for `n` targets of that length."""
+    def init_cache(self, encoded: jax.Array, length: int) -> None:
+        """An empty cache for targets of that length, one for each source that is encoded."""
         for one in self.decoder:
-            one.init_cache((n, length, self.size.width))
+            one.init_cache((len(encoded), length, self.size.width), encoded=encoded)
 
     def _embed(self, tokens: jax.Array, start: Any) -> jax.Array:
         x = self.embedding[...][tokens]
@@ -152,14 +152,16 @@ def _translate(
     n, many = source.shape[0], max(1, beam)
     encoded = jnp.repeat(model.encode(source, lengths), many, axis=0)
     repeated = jnp.repeat(lengths, many)
-    model.init_cache(n * many, length)
-    whole, cache, rest = nnx.split(model, nnx.Cache, ...)
+    model.init_cache(encoded, length)
+    # beams of one source share its keys, so that these need not follow when beams change places
+    own = nnx.All(nnx.Cache, nnx.Not(nnx.PathContains("cross_attention")))
+    whole, cache, rest = nnx.split(model, own, ...)
 
     def step(cache: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
         at, cache = cache
         model = nnx.merge(whole, cache, rest)
-        logits = model.decode(tokens[:, None], encoded, repeated, at=at)
-        return logits[:, 0], (at + 1, nnx.state(model, nnx.Cache))
+        logits = model.decode(tokens[:, None], None, repeated, at=at)
+        return logits[:, 0], (at + 1, nnx.state(model, own))
 
     start = (jnp.int32(0), cache)
     if beam == 0:

@@ -7,6 +7,7 @@ from bsjax.linen._convert import from_nnx as from_nnx
 from bsjax.linen._convert import to_nnx as to_nnx
 from bsjax.linen._linear import BlockLinear as BlockLinear
 from bsjax.linen._mlp import BlockMLP as BlockMLP
+from bsjax.linen._positions import LearnedPositions as LearnedPositions
 from bsjax.linen._recurrent import BlockLSTMCell as BlockLSTMCell
 from bsjax.linen._recurrent import BlockMultiplicativeLSTMCell as BlockMultiplicativeLSTMCell
 from bsjax.linen._recurrent import SmallWorldLSTMCell as SmallWorldLSTMCell
@@ -23,6 +24,7 @@ __all__ = [
     "BlockMLP",
     "BlockMultiplicativeLSTMCell",
     "BlockTransformerLayer",
+    "LearnedPositions",
     "SampledLinear",
     "SmallWorldLSTMCell",
     "from_nnx",

@@ -25,7 +25,9 @@ class BlockAttention(nn.Module):
     `nn.MultiHeadDotProductAttention`: streams "dropout", or the key `dropout_rng`, and "sampling".
 
     Decoding as there: with `decode=True`, `init` with inputs of the whole sequence makes a
-    collection `cache`, and `apply(..., mutable=["cache"])` takes one position or several.
+    collection `cache`, and `apply(..., mutable=["cache"])` takes one position or several. The field
+    `ragged` gives each sequence positions of its own. A call with `inputs_k` keeps their keys and
+    values in a mutable cache, and calls without `inputs_k` then attend to these.
     """
 
     num_heads: int
@@ -58,6 +60,7 @@ class BlockAttention(nn.Module):
     out_bias_init: Any = None
     use_bias: bool = True
     decode: bool = False
+    ragged: bool = False
     normalize_qk: bool = False
     implementation: Implementation = "auto"
 
@@ -84,7 +87,6 @@ class BlockAttention(nn.Module):
         dropout_rng: Any = None,
     ) -> Float[Array, "*n q m"]:
         """As a call of `bsjax.nnx.BlockAttention`."""
-        own = inputs_k is None
         inputs = _attention.inputs(inputs_q, inputs_k, inputs_v)
         width = jnp.shape(inputs_q)[-1]
         shared = ("num_heads", "num_kv_heads", "mask", "pattern", "block", "rotary", "rotary_base")
@@ -95,20 +97,24 @@ class BlockAttention(nn.Module):
         )
         sampled = self.deterministic if deterministic is None else deterministic
         kv = o.num_kv_heads * o.head_dim
-        q, k, v = (
-            _attention.heads(call(self._projection(name, size), x, sampled), count)
-            for name, size, count, x in zip(
-                ("query", "key", "value"),
-                (o.num_heads * o.head_dim, kv, kv),
-                (o.num_heads, o.num_kv_heads, o.num_kv_heads),
-                inputs,
-                strict=True,
+        norm: Any = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
+
+        def made(name: str, size: int, count: int, x: Any) -> Array:
+            found = _attention.heads(call(self._projection(name, size), x, sampled), count)
+            if not self.normalize_qk or name == "value":
+                return found
+            return nn.LayerNorm(name=f"{name}_ln", **norm)(found)
+
+        q = made("query", o.num_heads * o.head_dim, o.num_heads, inputs[0])
+        kept = self.decode and inputs_k is None and self._has_keys()
+        own = inputs_k is None and not kept
+        if kept:
+            k, v = (self.get_variable("cache", name) for name in _decoding.CACHE[:2])
+        else:
+            k, v = (
+                made(name, kv, o.num_kv_heads, x)
+                for name, x in zip(("key", "value"), inputs[1:], strict=True)
             )
-        )
-        if self.normalize_qk:
-            norm: Any = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
-            q = nn.LayerNorm(name="query_ln", **norm)(q)
-            k = nn.LayerNorm(name="key_ln", **norm)(k)
         params = self._params(o, pattern) | {"bias": bias}
         # `init` makes a cache as long as its inputs, and does not decode
         if self.decode and own and self._cache(o, k):
@@ -117,6 +123,9 @@ class BlockAttention(nn.Module):
         else:
             if self.decode and not own:
                 _decoding.check_cross(o, pattern)
+                if not kept and self.is_mutable_collection("cache"):
+                    for name, one in zip(_decoding.CACHE[:2], (k, v), strict=True):
+                        self.put_variable("cache", name, one)
             y = _attention.attend(
                 o, q, k, v, input_positions, own,
                 q_segment_ids=q_segment_ids,
@@ -160,11 +169,16 @@ class BlockAttention(nn.Module):
         pattern = None if pattern is None else stored(self, pattern)
         return {"pattern": pattern, "sinks": sinks, "memory": memory}
 
+    def _has_keys(self) -> bool:
+        """Whether the cache has those of other inputs, which have no positions that count."""
+        has = (self.has_variable("cache", name) for name in ("cached_key", "cache_index"))
+        return tuple(has) == (True, False)
+
     def _cache(self, o: _attention.Options, k: Array) -> bool:
         """Whether there was a cache; if not, there is one now."""
         if self.has_variable("cache", "cached_key"):
             return True
-        state = _decoding.empty(o, (*k.shape[:-2], 0), k.dtype)
+        state = _decoding.empty(o, (*k.shape[:-2], 0), k.dtype, self.ragged)
         for name, value in zip(_decoding.CACHE, state, strict=True):
             if value is not None:
                 self.variable("cache", name, lambda value=value: value)

@@ -59,7 +59,9 @@ class BlockTransformerLayer(nn.Module):
         deterministic: bool | None = None,
     ) -> Float[Array, "*n q m"]:
         """As a call of `bsjax.nnx.BlockTransformerLayer`."""
-        _transformer.check_encoded(LAYER, encoded, self.cross_attention)
+        cached = self.variables.get("cache", {}).get("cross_attention", {})
+        if encoded is not None or not (self.decode and "cached_key" in cached):
+            _transformer.check_encoded(LAYER, encoded, self.cross_attention)
         if deterministic is None:
             deterministic = self.deterministic
         types: Any = {"dtype": self.dtype, "param_dtype": self.param_dtype}

@@ -7,6 +7,7 @@
 Masks compose with `&`, `|` and `~`. With `block=1`, `mask.blocks` is a generator of patterns.
 """
 
+from bsjax.masks._bigbird import bigbird as bigbird
 from bsjax.masks._mask import Mask as Mask
 from bsjax.masks._mask import per_head as per_head
 from bsjax.masks._named import causal as causal
@@ -25,6 +26,7 @@ from bsjax.masks._named import window as window
 
 __all__ = [
     "Mask",
+    "bigbird",
     "causal",
     "chunks",
     "dilated",

@@ -7,6 +7,7 @@ from bsjax.nnx._conv import fold_batch_norm as fold_batch_norm
 from bsjax.nnx._linear import BlockLinear as BlockLinear
 from bsjax.nnx._linear import Pattern as Pattern
 from bsjax.nnx._mlp import BlockMLP as BlockMLP
+from bsjax.nnx._positions import LearnedPositions as LearnedPositions
 from bsjax.nnx._recurrent import BlockLSTMCell as BlockLSTMCell
 from bsjax.nnx._recurrent import BlockMultiplicativeLSTMCell as BlockMultiplicativeLSTMCell
 from bsjax.nnx._recurrent import SmallWorldLSTMCell as SmallWorldLSTMCell
@@ -24,6 +25,7 @@ __all__ = [
     "BlockMLP",
     "BlockMultiplicativeLSTMCell",
     "BlockTransformerLayer",
+    "LearnedPositions",
     "Pattern",
     "SampledLinear",
     "SmallWorldLSTMCell",

@@ -46,8 +46,15 @@ class BlockAttention(nnx.Module):
     Decoding as in Flax: `init_cache`, then calls with `decode=True`, each of one position or of
     several, a prompt in chunks for example. A position sees what it sees in the whole sequence, but
     nothing behind itself: where the mask is causal the results are those of the whole sequence.
-    Only the key blocks are read that the new positions need.
+    Only the key blocks are read that the new positions need. After `init_cache(..., ragged=True)`
+    each sequence has positions of its own, and `kv_lengths` says how many of the new ones it has:
+    prompts of unequal length, padded behind. After `cache_keys(inputs_k)`, calls with `decode=True`
+    attend to keys and values of other inputs that are computed once.
     """
+
+    cached_key: Any
+    cached_value: Any
+    cache_index: Any
 
     def __init__(
         self,
@@ -176,21 +183,17 @@ class BlockAttention(nnx.Module):
         table that the model learns. `input_positions` are those of rotary queries, and of keys
         unless these are given.
         """
-        o, own = self.options, inputs_k is None
-        decode = self.decode if decode is None else decode
-        inputs = _attention.inputs(inputs_q, inputs_k, inputs_v)
+        o, decode = self.options, self.decode if decode is None else decode
         streams = rngs if isinstance(rngs, nnx.Rngs) else None
-        q, k, v = (
-            _attention.heads(call(layer, x, deterministic, streams), count)
-            for layer, x, count in zip(
-                (self.query, self.key, self.value),
-                inputs,
-                (o.num_heads, o.num_kv_heads, o.num_kv_heads),
-                strict=True,
-            )
-        )
-        if self.query_ln is not None and self.key_ln is not None:
-            q, k = self.query_ln(q), self.key_ln(k)
+        inputs = _attention.inputs(inputs_q, inputs_k, inputs_v)
+        q = _attention.heads(call(self.query, inputs[0], deterministic, streams), o.num_heads)
+        q = q if self.query_ln is None else self.query_ln(q)
+        kept = bool(decode) and inputs_k is None and self.has_keys()
+        own = inputs_k is None and not kept
+        if kept:
+            k, v = self.cached_key[...], self.cached_value[...]
+        else:
+            k, v = self._keys(*inputs[1:], deterministic, streams)
         params: dict[str, Any] = {
             "pattern": None if self.pattern is None else self.pattern.get_value(),
             "sinks": None if self.sinks is None else self.sinks[...],
@@ -233,11 +236,35 @@ class BlockAttention(nnx.Module):
                 one[...] = value
         return y
 
-    def init_cache(self, input_shape: tuple[int, ...], dtype: Any = None) -> None:
+    def _keys(self, k: Any, v: Any, deterministic: Any, streams: Any) -> tuple[Array, Array]:
+        k, v = (
+            _attention.heads(call(layer, x, deterministic, streams), self.options.num_kv_heads)
+            for layer, x in ((self.key, k), (self.value, v))
+        )
+        return k if self.key_ln is None else self.key_ln(k), v
+
+    def cache_keys(self, inputs_k: Any, inputs_v: Any = None) -> None:
+        """Keeps the keys and values of other inputs, an encoder's output for example: calls with
+        `decode=True` and without `inputs_k` attend to these. Values are those of the keys unless
+        given."""
+        _decoding.check_cross(self.options, self.pattern)
+        k, v = self._keys(inputs_k, inputs_k if inputs_v is None else inputs_v, True, None)
+        for name in _decoding.CACHE:
+            setattr(self, name, nnx.data(None))
+        self.cached_key, self.cached_value = nnx.Cache(k), nnx.Cache(v)
+
+    def has_keys(self) -> bool:
+        """Whether `cache_keys` has kept those of other inputs."""
+        return self.cached_key is not None and self.cache_index is None
+
+    def init_cache(
+        self, input_shape: tuple[int, ...], dtype: Any = None, *, ragged: bool = False
+    ) -> None:
         """An empty cache for inputs of this shape, `(..., positions, features)`: what may be
-        decoded in all. `dtype` is that of the layer unless given."""
+        decoded in all. `dtype` is that of the layer unless given. If `ragged`, `cache_index[...]`
+        counts the positions of each sequence."""
         dtype = dtype or self.dtype or self.param_dtype
-        state = _decoding.empty(self.options, input_shape, dtype)
+        state = _decoding.empty(self.options, input_shape, dtype, ragged)
         for name, value in zip(_decoding.CACHE, state, strict=True):
             setattr(self, name, nnx.data(None) if value is None else nnx.Cache(value))
 

@@ -32,7 +32,7 @@ class BlockTransformerLayer(nnx.Module):
       `(2 * layers) ** -0.5` keeps the sum of all at the size of one (Radford et al. 2019).
 
     Submodules `attention_norm`, `attention`, `cross_norm`, `cross_attention`, `mlp_norm`, `mlp`.
-    Positions that are learned belong to the model, before its first layer.
+    Positions that are learned belong to the model, before its first layer: `LearnedPositions`.
     """
 
     def __init__(
@@ -98,9 +98,15 @@ class BlockTransformerLayer(nnx.Module):
         decode: bool | None = None,
     ) -> Float[Array, "*n q m"]:
         """The layer's output for `x[..., positions, features]`, and the output of an encoder if the
-        layer attends to one. `encoded_lengths` and `encoded_segment_ids` are of the latter; the
-        other arguments are those of a call of `BlockAttention`."""
-        _transformer.check_encoded(LAYER, encoded, self.cross_attention)
+        layer attends to one and has not kept its keys in the cache. `encoded_lengths` and
+        `encoded_segment_ids` are of the latter; the other arguments are those of a call of
+        `BlockAttention`."""
+        cross = self.cross_attention
+        kept = (
+            cross is not None and cross.has_keys() and (cross.decode if decode is None else decode)
+        )
+        if encoded is not None or not kept:
+            _transformer.check_encoded(LAYER, encoded, cross)
         if deterministic is None:
             deterministic = self.deterministic
         common: Any = {"deterministic": deterministic, "rngs": rngs}
@@ -140,9 +146,24 @@ class BlockTransformerLayer(nnx.Module):
         streams = rngs if isinstance(rngs, nnx.Rngs) else None
         return x + dropped(self.mlp(y, deterministic=deterministic, rngs=streams))
 
-    def init_cache(self, input_shape: tuple[int, ...], dtype: Any = None) -> None:
-        """An empty cache for inputs of this shape, `(..., positions, features)`."""
-        self.attention.init_cache(input_shape, dtype)
+    def init_cache(
+        self,
+        input_shape: tuple[int, ...],
+        dtype: Any = None,
+        *,
+        encoded: Any = None,
+        ragged: bool = False,
+    ) -> None:
+        """An empty cache for inputs of this shape, `(..., positions, features)`. With the output of
+        an encoder, its keys and values are computed now, and calls with `decode=True` need no
+        `encoded`. `ragged` as in `BlockAttention`."""
+        self.attention.init_cache(input_shape, dtype, ragged=ragged)
+        if encoded is not None:
+            _transformer.check_encoded(LAYER, encoded, self.cross_attention)
+        if (cross := self.cross_attention) is not None:
+            cross.cached_key = cross.cached_value = nnx.data(None)
+            if encoded is not None:
+                cross.cache_keys(encoded)
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """What `nnx.view` calls, for the attribute `deterministic`."""

@@ -7,14 +7,52 @@ import pytest
 
 import bsjax
 from bsjax import masks
+from bsjax.ops import _elementwise, _hoist
 from tests.helpers import assert_raises
 
+pytestmark = pytest.mark.usefixtures("quick_compilations")
 S = 50
 IDS = np.sort(np.random.default_rng(0).integers(0, 4, S))
 Q, K = np.arange(S)[:, None], np.arange(S)[None]
 BEFORE = Q >= K
 
+
+def bigbird(r, c, window, ends, random, seed, block, causal=False):
+    """One row of blocks after another, choosing from lists."""
+    keys = np.random.default_rng(seed).integers(46337, size=(random, 4)).tolist()
+    seen = np.zeros((r, c), bool)
+    for i in range(r):
+        middle, stop = i * c // r, i + 1 if causal else c
+        for j in range(stop):
+            edge = (i, j) if causal else (i, r - 1 - i, j, c - 1 - j)
+            seen[i, j] = abs(middle - j) <= window // 2 or min(edge) < ends
+        others = [j for j in range(stop) if not seen[i, j]]
+        for part, rounds in enumerate(keys):
+            begin, end = (len(others) * at // random for at in (part, part + 1))
+            x = i
+            for key in rounds:
+                x = (x + key) ** 3 % 46337
+            if begin < end:
+                seen[i, others[begin + x * (end - begin) // 46337]] = True
+    elements = np.repeat(np.repeat(seen, block, 0), block, 1)[:S, :S]
+    return elements & BEFORE if causal else elements
+
+
 MASKS = {
+    "bigbird": (masks.bigbird(S, block=3, random=4), bigbird(17, 17, 3, 1, 4, 0, 3)),
+    "bigbird alone": (
+        masks.bigbird((S, S), block=4, window=1, ends=0, random=2, seed=3),
+        bigbird(13, 13, 1, 0, 2, 3, 4),
+    ),
+    "bigbird of few blocks": (masks.bigbird(S, block=8, ends=2), bigbird(7, 7, 3, 2, 3, 0, 8)),
+    "causal bigbird": (
+        masks.bigbird(block=3, random=2, seed=1, causal=True),
+        bigbird(17, 17, 3, 1, 2, 1, 3, causal=True),
+    ),
+    "bigbird before": (
+        masks.bigbird(S, block=4) & masks.causal(),
+        bigbird(13, 13, 3, 1, 3, 0, 4) & BEFORE,
+    ),
     "causal": (masks.causal(), BEFORE),
     "causal with an offset": (masks.causal(3), K <= Q + 3),
     "causal with a negative offset": (masks.causal(-2), K <= Q - 2),
@@ -85,6 +123,37 @@ def test_two_steps_of_strided_heads_reach_what_is_before():
     assert (round(100 * local, 1), round(100 * column, 1)) == (3.1, 1.6)  # as in the paper
 
 
+def test_draws_of_bigbird():
+    """As many for each row of blocks, anywhere, others by the seed; by blocks of any side."""
+    drawn = np.stack(
+        [
+            masks.bigbird(160, block=4, window=1, ends=0, random=4, seed=s).blocks((160, 160), 4)[0]
+            for s in range(60)
+        ]
+    )
+    np.testing.assert_array_equal(drawn.sum(-1), 5)
+    drawn = drawn & ~np.eye(40, dtype=bool)
+    often = drawn.sum((0, 1)) / (60 * 39)  # each of 39 others is drawn by one row in ten
+    assert abs(often - 4 / 39).max() < 5 * (4 / 39 / (60 * 39)) ** 0.5
+    assert len({one.tobytes() for one in drawn}) == 60
+    each = drawn[0].reshape(40, -1)
+    assert len({row.tobytes() for row in each}) == 40
+    wide, full = masks.bigbird((96, 64), block=4, ends=0, seed=7).blocks((96, 64), 4)
+    assert wide.shape == (24, 16)
+    np.testing.assert_array_equal(wide, full)
+    assert (wide.sum(-1) >= 5).all()
+    later = masks.bigbird(block=4, causal=True).blocks((160, 160), 4)[0].sum(-1)
+    np.testing.assert_array_equal(later, np.minimum(np.arange(40) + 1, 6))  # 2 + 1 + 3
+    assert masks.bigbird(S)(0, 3, 49) is not None  # of plain numbers
+
+
+def test_kernels_can_draw_the_blocks_of_bigbird():
+    index = jnp.zeros((4, 4), jnp.int32)
+    for mask in (masks.bigbird(S), masks.bigbird(causal=True)):
+        function, _ = _hoist.hoisted(mask, jnp.int32(0), index, index)
+        assert _elementwise.why_not("mask", function) is None
+
+
 def test_pattern():
     mask = masks.streaming(6, 3)
     p, full = mask.pattern((S, 40), (8, 4), capacity=40)
@@ -132,6 +201,31 @@ def test_repr_and_messages():
         TypeError,
         "bsjax.masks: `&` combines two masks, got function on the right: for a function of your "
         "own, pass `mask=(mask, function)` to bsjax.attention.",
+    )
+    assert_raises(
+        lambda: masks.bigbird(S, window=2),
+        ValueError,
+        "bigbird: `window` must be odd, got 2: as many blocks before as after.",
+    )
+    for lengths, given in ((None, False), (S, True)):
+        assert_raises(
+            lambda lengths=lengths, given=given: masks.bigbird(lengths, causal=given),
+            ValueError,
+            "bigbird: give the numbers of queries and keys, `lengths`, or `causal=True`, which "
+            f"needs none, got {lengths} and causal={given}: a mask for given lengths without what "
+            "is behind a query is `bigbird(lengths) & causal()`.",
+        )
+    assert_raises(
+        lambda: masks.bigbird(S).blocks((S, 9), 4),
+        ValueError,
+        "bigbird: the mask is for 50 queries and 50 keys, but the pattern has 50 and 9: make it "
+        "with `lengths` of these.",
+    )
+    assert_raises(
+        lambda: masks.bigbird(block=1, causal=True).blocks((50_000, 2), 4),
+        ValueError,
+        "bigbird: (50000, 2) positions are 50000 blocks of 1, and at most 46336 are supported: "
+        "take larger blocks.",
     )
     assert_raises(
         lambda: masks.window(-1), ValueError, "window: `before` must be at least 0, got -1."

@@ -7,9 +7,11 @@ import pytest
 
 import bsjax
 from bsjax import masks
+from bsjax.ops import _top_blocks
 from tests.helpers import assert_close, assert_raises, normal
 from tests.ops.attention import choices, oracle
 
+pytestmark = pytest.mark.usefixtures("quick_compilations")
 N, S, H, G, D = 2, 45, 4, 2, 8
 
 
@@ -39,6 +41,36 @@ def test_choices(causal, block):
         seen = np.repeat(want, block[1], -1)[..., :S] & np.tri(S, dtype=bool)
         got = bsjax.attention(q, k, v, p, mask=(chosen, masks.causal()), implementation="xla")
         assert_close(got, oracle(q, k, v, got, seen).out, D + S)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_some_queries_at_a_time_choose_the_same(causal, monkeypatch):
+    """Bitwise, and whether `among` is an array or a function of queries."""
+    q, k, _ = inputs()
+    among = np.random.default_rng(2).random((H, S, 12)) < 0.7
+
+    def chosen(among, rows):
+        monkeypatch.setattr(_top_blocks, "ROWS", rows)
+        found = jax.jit(
+            lambda q, k: bsjax.top_blocks(q, k, block=(8, 4), count=3, causal=causal, among=among)
+        )
+        return found(q, k)
+
+    want = chosen(among, 64)  # all at once
+    asked = (lambda at: jnp.asarray(among).at[:, at].get(mode="clip")) if causal else among
+    for a, b in zip(jax.tree.leaves(chosen(asked, 17)), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_memory_is_linear():
+    """Some rows of scores are there at a time, and some numbers for each block of the grid; both
+    together are a few percent of all scores."""
+    length, c = 1 << 16, 1 << 10
+    q = jax.ShapeDtypeStruct((length, 1, 4), jnp.float32)
+    top_blocks = jax.jit(lambda q: bsjax.top_blocks(q, q, block=64, count=1))
+    temporary = top_blocks.lower(q).compile().memory_analysis().temp_size_in_bytes
+    rows, grid = (4 * size * c for size in (_top_blocks.ROWS, length // 64))
+    assert temporary < 3 * (rows + grid) < 4 * length * c / 10
 
 
 def attentions():

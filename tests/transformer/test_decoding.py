@@ -186,8 +186,9 @@ def test_errors():
     )
     error(
         lambda: layer(one, decode=True, kv_lengths=jnp.ones(N, jnp.int32)),
-        message="BlockAttention: segments and `kv_lengths` do not go with decoding: all sequences "
-        "of a cache have the same positions. Decode sequences of other lengths apart.",
+        message="BlockAttention: `kv_lengths` do not go with this cache, in which all sequences "
+        "have the same positions: make one that counts those of each sequence, with "
+        "`ragged=True`.",
     )
     error(
         lambda: layer(one, X, decode=True),
