@@ -49,7 +49,7 @@ def training_step(form, block, hidden):
 @pytest.mark.parametrize(
     ("activation", "gated", "block", "hidden"),
     [
-        pytest.param("gelu", False, 64, 64, id="plain"),
+        slow("gelu", False, 64, 64, id="plain"),
         pytest.param("silu", True, 64, 64, id="gated"),
         *(
             slow("gelu", gated, *block, id=f"{block} {gated}")

@@ -75,7 +75,13 @@ def test_y_and_both_gradients(block, fraction, sampler, size, dtype):
         assert not re.search(rf"\[8192,{taken}\]|\[{taken},8192\]", program.as_text())
 
 
-@pytest.mark.parametrize("how", ["automatic axes", "explicit axes", "shard_map"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "automatic axes",
+        *(pytest.param(how, marks=pytest.mark.slow) for how in ("explicit axes", "shard_map")),
+    ],
+)
 def test_tokens_stay_on_their_devices(how, monkeypatch):
     monkeypatch.setattr(_mosaic, "several_gpus", lambda: True)
     axes = AxisType.Explicit if how == "explicit axes" else AxisType.Auto
