@@ -80,8 +80,9 @@ class Scores:
 
     @property
     def crowded(self) -> bool:
-        """Whether they take many registers in partial blocks."""
-        return self.segments or (self.masked and self.softcap is not None)
+        """Whether they take many registers."""
+        many = self.everywhere or self.arrays > 0 or self.segments
+        return many or (self.masked and self.softcap is not None)
 
     @property
     def unit(self) -> float:

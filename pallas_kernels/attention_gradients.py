@@ -156,7 +156,7 @@ def _dq(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, scor
                 log, less = (_tiles.rows(one, products.shape) for one in of_rows)
 
                 def weigh():
-                    options = {"apart": scores.numbers}
+                    options = {"apart": scores.numbers and scores.softcap is not None}
                     return _weights(scores, at, products, log, spot, partial, q.dtype, **options)
 
                 plgpu.barrier_wait(value_ring.full.at[stage])
@@ -167,7 +167,7 @@ def _dq(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, scor
                     here = dnumbers.at[tile.batch, head, spot.slot, lax.rem(s, walk.cut)]
                     here = here.at[pl.ds(spot.inside[0], ROWS)]
                     _put(jnp.sum(gradient, axis=1), sums_of_rows[0].at[warpgroup], here)
-                    gradient = gradient * slope
+                    gradient = gradient if slope is None else gradient * slope
                 gradient = gradient.astype(q.dtype)
                 sums = _ring.onto_product(sums, gradient, keys.at[stage])
                 key_ring.release(now)
