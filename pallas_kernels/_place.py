@@ -71,7 +71,8 @@ class Place:
         def one(part: Array, at: Spot) -> Array:
             rows, columns = _indices(part.shape, at.row, at.column)
             key = rows if self.flipped else columns
-            kept = dropout.kept(*self._words_of(part.shape, at), key)
+            first, second = self._words_of(part.shape, at)
+            kept = dropout.kept(first, second, key)
             return jnp.where(kept, part, to(part))
 
         return _by_parts(weights, at, one)

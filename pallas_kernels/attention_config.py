@@ -61,11 +61,19 @@ def for_forward(
 
 
 def for_dq(
-    head: int, block: tuple[int, int], *, shared: int = 1, workers: int = MULTIPROCESSORS
+    head: int,
+    block: tuple[int, int],
+    *,
+    shared: int = 1,
+    everywhere: bool = False,
+    workers: int = MULTIPROCESSORS,
 ) -> Config:
-    """The same for dq, which has q and dy in its tiles."""
+    """The same for dq, which has q and dy in its tiles. `everywhere`, as scores have it: there is a
+    bias or a dropout."""
     config = _tiled(block[0], shared, workers)
-    step = 128 if head < MEDIUM and block[1] % 128 == 0 else 64 if head < LARGEST else 32
+    step = 128 if head < MEDIUM and block[1] % 128 == 0 else 64
+    if head == LARGEST or (everywhere and head > LARGE):
+        step = 32
     return _staged(dataclasses.replace(config, step=step), head, tiles=2)
 
 

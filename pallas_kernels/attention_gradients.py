@@ -14,8 +14,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import _ring, _tiles
-from pallas_kernels._place import Place, Spot, vector
+from pallas_kernels import _gradients, _ring, _tiles
+from pallas_kernels._place import Place, vector
 from pallas_kernels._scores import LOG2E, Scores
 from pallas_kernels._tiles import Span, Tile
 from pallas_kernels.attention import launched, operands
@@ -88,31 +88,6 @@ def dkv(
     return run(q, k, v, dy, log2, delta, *operands(lists, order), *limits)
 
 
-def _weights(
-    scores: Scores,
-    at: Place,
-    own: Array,
-    log2: Array,
-    spot: Spot | None,
-    partial: bool,
-    dtype: Any,
-    apart: bool = False,
-) -> tuple[Array, Array, Any]:
-    """Of a tile of products: rounded, without those that are dropped; all, those negative; and the
-    slope of its scores, by which they are multiplied already unless it is wanted `apart`."""
-    own = scores.of(own)
-    slope = scores.slope(own)
-    if spot is not None:
-        own = at.scores(own, spot, partial)
-    weights = jnp.exp2(own * scores.factor - log2)
-    if scores.dropout is not None:
-        weights = at.dropped(weights, spot, jnp.negative)
-        rounded = lax.max(weights, jnp.zeros_like(weights)).astype(dtype)
-    else:
-        rounded = weights.astype(dtype)
-    return (rounded, weights, slope) if apart else (rounded, weights * slope, None)
-
-
 def _dq(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, scores: Scores, block):
     rest = list(rest)
     dnumbers = rest.pop() if scores.numbers else None
@@ -139,6 +114,7 @@ def _dq(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, scor
         slices, *sums_of_rows = staging if scores.numbers else (staging,)
         own_q, own_dy = queries.at[warpgroup], cotangents.at[warpgroup]
         key_ring, value_ring = rings
+        apart = scores.numbers and scores.softcap is not None
 
         def along(tile: Tile, span: Span, turn, sums):
             head, start = walk.part(tile, warpgroup)
@@ -156,17 +132,16 @@ def _dq(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, scor
                 log, less = (_tiles.rows(one, products.shape) for one in of_rows)
 
                 def weigh():
-                    options = {"apart": scores.numbers and scores.softcap is not None}
-                    return _weights(scores, at, products, log, spot, partial, q.dtype, **options)
+                    return _gradients.weights(at, products, log, spot, partial, q.dtype, apart)
 
                 plgpu.barrier_wait(value_ring.full.at[stage])
                 gradient, (_, weights, slope) = _tiles.product(own_dy, values.at[stage], weigh)
                 value_ring.release(now)
                 gradient = scores.whole(weights) * (scores.thinned(gradient, weights) - less)
-                if dnumbers is not None:
+                if dnumbers is not None and spot is not None:
                     here = dnumbers.at[tile.batch, head, spot.slot, lax.rem(s, walk.cut)]
-                    here = here.at[pl.ds(spot.inside[0], ROWS)]
-                    _put(jnp.sum(gradient, axis=1), sums_of_rows[0].at[warpgroup], here)
+                    here = here.at[pl.ds(lax.rem(start, walk.sides[0]), ROWS)]
+                    _gradients.put(jnp.sum(gradient, axis=1), sums_of_rows[0].at[warpgroup], here)
                     gradient = gradient if slope is None else gradient * slope
                 gradient = gradient.astype(q.dtype)
                 sums = _ring.onto_product(sums, gradient, keys.at[stage])
@@ -196,7 +171,7 @@ def _dq(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, scor
         walk.tiles(tile_)
         plgpu.wait_smem_to_gmem(0)
 
-    _scoped(load, multiply, walk, q, numbers=False, sums_of_rows=scores.numbers)
+    _gradients.scoped(load, multiply, walk, q, numbers=False, sums_of_rows=scores.numbers)
 
 
 def _dkv(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, scores: Scores, block):
@@ -248,7 +223,7 @@ def _dkv(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, sco
 
                 def weigh():
                     log = _tiles.columns(logs.at[stage], products.shape)
-                    return _weights(scores, at, products, log, spot, partial, q.dtype)
+                    return _gradients.weights(at, products, log, spot, partial, q.dtype)
 
                 own_dy, together = cotangents.at[stage], beside and "dk" in sums
                 gradient: Any = None
@@ -308,43 +283,4 @@ def _dkv(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, sco
             run = functools.partial(multiply, *scratch, wants=(name,))
             pl.when(lax.axis_index("warpgroup") == warpgroup)(run)
 
-    _scoped(load, each, walk, q, numbers=True)
-
-
-def _put(numbers: Array, memory: Any, out: Any) -> None:
-    """Starts writing one for each row."""
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    memory[...] = numbers
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(memory, out)
-
-
-def _scoped(
-    load: Any,
-    multiply: Any,
-    walk: _tiles.Walk,
-    like: Any,
-    numbers: bool,
-    sums_of_rows: bool = False,
-) -> None:
-    """With two tiles that stay and two that come and go, perhaps with a number for each token; and
-    memory for slices on their way out, and perhaps for a number for each row."""
-    config, d, dtype = walk.config, like.shape[3], like.dtype
-    streams: Any = [_tiles.memory(config, config.step, d, dtype, config.stages)] * 2
-    if numbers:
-        shape = (config.stages, config.step)
-        streams = [(one, plgpu.SMEM(shape, jnp.float32)) for one in streams]
-    many, out = config.warpgroups, _tiles.staging(config, d, dtype)
-    if sums_of_rows:
-        out = (out, plgpu.SMEM((many, ROWS), jnp.float32))
-    pl.run_scoped(
-        lambda *scratch: _ring.roles(
-            many, lambda: load(*scratch), lambda: multiply(*scratch), _tiles.REGISTERS
-        ),
-        *[_tiles.memory(config, ROWS, d, dtype, walk.parts)] * 2,
-        *streams,
-        out,
-        (plgpu.Barrier(num_arrivals=2 * walk.parts), plgpu.Barrier(num_arrivals=many)),
-        [_ring.ring(config.stages, many, 1 + numbers) for _ in range(2)],
-        collective_axes="warpgroup",
-    )
+    _gradients.scoped(load, each, walk, q, numbers=True)

@@ -121,7 +121,7 @@ def _dropped(spec: Spec, p: Fixed) -> Float[Array, "n h q s"]:
     assert p.seeds is not None
     (r, c), (br, bc) = spec.grid, spec.block
     q = jnp.arange(r * br, dtype=jnp.int32)[None, None]
-    words = (a[..., None] for a in _dropout.words(p.seeds[:, :, None], q))
+    first, second = _dropout.words(p.seeds[:, :, None], q)
     k = jnp.arange(c * bc, dtype=jnp.int32)[None, None, None]
-    kept = _dropout.kept(*words, k, spec.dropout_rate)
+    kept = _dropout.kept(first[..., None], second[..., None], k, spec.dropout_rate)
     return jnp.where(kept, jnp.float32(1 / (1 - spec.dropout_rate)), 0)

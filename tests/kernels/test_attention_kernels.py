@@ -7,15 +7,8 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import attention_config, attention_lists
-from tests.kernels.attention import (
-    CASES,
-    FEATURES,
-    MORE,
-    MORE_FEATURES,
-    arguments,
-    compiled,
-    conforms,
-)
+from tests.kernels.attention import arguments, compiled, conforms
+from tests.kernels.attention_cases import CASES, FEATURES, MORE, MORE_FEATURES
 
 pytestmark = pytest.mark.interpreted
 bf16, f16 = jnp.bfloat16, jnp.float16
@@ -103,7 +96,9 @@ def test_configurations_fit_in_shared_memory():
                 for one in (
                     attention_config.for_forward(d, block, shared=shared),
                     attention_config.for_dq(d, block, shared=shared),
+                    attention_config.for_dq(d, block, shared=shared, everywhere=True),
                     attention_config.for_dkv(d, block),
+                    attention_config.for_dkv(d, block, crowded=True),
                 ):
                     assert one.stages >= 2, (d, block, one)
                     assert one.slots >= 1

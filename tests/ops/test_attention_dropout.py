@@ -26,12 +26,13 @@ def normal_bound(count):
 
 
 @jax.jit
-def kept(key, rate, first=0):
+def kept(key, which, first=0):
     """`[n, h, q, s]`, from a query and key on."""
     at = first + jnp.arange(SIZE, dtype=jnp.int32)
     words = dropout.words(dropout.seeds(key, N, H)[:, :, None], at[None, None])
-    bits = [dropout.kept(*(a[..., None] for a in words), at[None, None, None], r) for r in RATES]
-    return jnp.stack(bits)[rate]
+    a, b = (one[..., None] for one in words)
+    bits = [dropout.kept(a, b, at[None, None, None], rate) for rate in RATES]
+    return jnp.stack(bits)[which]
 
 
 def standard(rate, key=0, first=0):
