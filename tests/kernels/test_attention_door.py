@@ -162,11 +162,17 @@ def test_patterns_are_data_and_may_be_chosen_for_each_head():
 
 
 @pytest.mark.slow
-def test_vmap_and_shard_map():
+@pytest.mark.parametrize("by_slot", [False, True])
+def test_vmap_and_shard_map(by_slot):
     args = inputs(lead=(2, 1))
     mask = masks.window(40)
     p, full = mask.pattern((Q, S), BLOCK)
     options = {"p": p, "mask": mask, "full": full}
+    if by_slot:
+        rng = np.random.default_rng(4)
+        chosen = jnp.asarray(rng.random((5, 64, 1)) < 0.7)
+        options = {"p": DIAGONAL, "mask": (chosen, masks.causal()), "bias": _alibi}
+        options |= {"dropout_rate": 0.3, "key": jax.random.key(0)}
     run = functools.partial(gradients, "mosaic", **options)
     mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     P = jax.sharding.PartitionSpec
