@@ -79,6 +79,12 @@ class Scores:
         return self.arrays > 0 or self.numbers
 
     @property
+    def apart(self) -> bool:
+        """Whether dq needs weights and the slope of scores each by itself: numbers by slot are
+        added behind a softcap."""
+        return self.numbers and self.softcap is not None
+
+    @property
     def crowded(self) -> bool:
         """Whether they take many registers."""
         many = self.everywhere or self.arrays > 0 or self.segments

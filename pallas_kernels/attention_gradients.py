@@ -114,7 +114,6 @@ def _dq(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, scor
         slices, *sums_of_rows = staging if scores.numbers else (staging,)
         own_q, own_dy = queries.at[warpgroup], cotangents.at[warpgroup]
         key_ring, value_ring = rings
-        apart = scores.numbers and scores.softcap is not None
 
         def along(tile: Tile, span: Span, turn, sums):
             head, start = walk.part(tile, warpgroup)
@@ -132,7 +131,9 @@ def _dq(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, scor
                 log, less = (_tiles.rows(one, products.shape) for one in of_rows)
 
                 def weigh():
-                    return _gradients.weights(at, products, log, spot, partial, q.dtype, apart)
+                    return _gradients.weights(
+                        at, products, log, spot, partial, q.dtype, scores.apart
+                    )
 
                 plgpu.barrier_wait(value_ring.full.at[stage])
                 gradient, (_, weights, slope) = _tiles.product(own_dy, values.at[stage], weigh)

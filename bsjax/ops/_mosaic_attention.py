@@ -97,9 +97,8 @@ def backward(
     rows = lists.of_pattern(own, other, partial, (r, c), slots=scores.by_slot)
     columns = lists.of_pattern(other, own, partial, (c, r), slots=scores.by_slot)
     d, workers, shared = x.q.shape[3], _mosaic.multiprocessors(), _shared(spec, x, rows)
-    for_queries = config.for_dq(
-        d, spec.block, shared=shared, everywhere=scores.everywhere, workers=workers
-    )
+    crowds = {"everywhere": scores.everywhere, "apart": scores.apart}
+    for_queries = config.for_dq(d, spec.block, shared=shared, **crowds, workers=workers)
     for_keys = config.for_dkv(d, spec.block, crowded=scores.crowded, workers=workers)
     order = lists.order(rows, for_queries, n, h, h, br)
     limits = _limits(spec, x, p)

@@ -153,11 +153,10 @@ def words(mask: Any) -> Any:
 def configs(case: Case, workers: int, **changes: Any) -> tuple[Any, Any, Any]:
     """Of the three kernels, as the heuristic has it, but for the `changes`."""
     shared = case.heads[0] // case.heads[1] if case.lists == "one" else 1
+    crowds = {"everywhere": case.spec.everywhere, "apart": case.spec.apart}
     chosen = (
         attention_config.for_forward(case.d, case.block, shared=shared, workers=workers),
-        attention_config.for_dq(
-            case.d, case.block, shared=shared, everywhere=case.spec.everywhere, workers=workers
-        ),
+        attention_config.for_dq(case.d, case.block, shared=shared, **crowds, workers=workers),
         attention_config.for_dkv(case.d, case.block, crowded=case.spec.crowded, workers=workers),
     )
     return tuple(dataclasses.replace(one, **changes) for one in chosen)  # pyright: ignore

@@ -96,7 +96,7 @@ def test_configurations_fit_in_shared_memory():
                 for one in (
                     attention_config.for_forward(d, block, shared=shared),
                     attention_config.for_dq(d, block, shared=shared),
-                    attention_config.for_dq(d, block, shared=shared, everywhere=True),
+                    attention_config.for_dq(d, block, shared=shared, everywhere=True, apart=True),
                     attention_config.for_dkv(d, block),
                     attention_config.for_dkv(d, block, crowded=True),
                 ):
