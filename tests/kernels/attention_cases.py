@@ -22,17 +22,24 @@ CASES = {
 }
 ALIBI = lambda head, q, k: jnp.exp2(-(head + 1).astype(jnp.float32)) * (k - q).astype(jnp.float32)  # noqa: E731
 FEATURES = {
-    "dropout": Case(heads=(2, 1), blocks=(2, 2), rate=0.3, sinks=True, scores=CAUSAL),
+    "dropout and bias": Case(
+        heads=(2, 1),
+        blocks=(2, 2),
+        rate=0.3,
+        sinks=True,
+        scores={"bias": ALIBI, "softcap": 4.0, "keys": 100},
+    ),
     "masks by slot": Case(
         blocks=(2, 2), block=(64, 128), lists="head", masks=("rows", "columns", "all")
     ),
-    "bias": Case(heads=(2, 1), blocks=(2, 2), scores={"bias": ALIBI, "softcap": 4.0, "keys": 100}),
     "numbers by slot": Case(
         blocks=(2, 2), block=(128, 64), lists="head", numbers=True, scores={"softcap": 4.0}
     ),
 }
 ALL = {"bias": ALIBI, "mask": CAUSAL["mask"], **SEGMENTS}
 MORE_FEATURES = {
+    "dropout alone": Case(heads=(2, 1), blocks=(2, 2), rate=0.3, sinks=True, scores=CAUSAL),
+    "bias alone": Case(blocks=(2, 2), scores={"bias": ALIBI}),
     "all at once": Case(
         n=2,
         heads=(4, 2),

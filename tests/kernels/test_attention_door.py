@@ -113,6 +113,7 @@ def test_masks_by_slot_numbers_by_slot_and_dropout():
     close(got, *args, **options)
 
 
+@pytest.mark.slow
 def test_blocks_chosen_at_run_time_with_a_bias():
     q, k, v, dy = [a[:, :Q] for a in inputs()]
 
