@@ -1,4 +1,4 @@
-"""What becomes of `q k^T` before the softmax: scale, cap and mask, inside the attention kernels.
+"""What becomes of `q k^T` in the attention kernels: scale, cap, bias, mask and dropout.
 
 Scores are kept in the units in which they come out of the tensor cores as long as nothing but a
 positive scale is asked for: `exp2(s * factor - m)` is then one multiply-add before the exponential.
@@ -7,55 +7,108 @@ positive scale is asked for: `exp2(s * factor - m)` is then one multiply-add bef
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array, lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax import Array
 
 LOG2E = math.log2(math.e)
-PART = 32  # columns that are masked at a time
 
-type Mask = Callable[[Any, Any, Any], Any]
+type OfIndices = Callable[[Any, Any, Any], Any]
+
+
+class Dropout(NamedTuple):
+    """`kept(first, second, key)` of words `[n, h, q]` of each query, on arrays of equal shape."""
+
+    kept: OfIndices
+    rate: float
+
+
+class Data(NamedTuple):
+    """Arrays in global memory that scores depend on, as far as there are: `arrays` are masks by
+    slot, `numbers` a bias of each slot, `words` those of a dropout."""
+
+    lengths: Any = None
+    segments: Any = None  # of queries and of keys
+    arrays: Any = ()
+    numbers: Any = None
+    words: Any = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Scores:
-    """`s = softcap * tanh(q k^T * scale / softcap)`, or -inf where something forbids it.
+    """`s = softcap * tanh(q k^T * scale / softcap) + bias`, or -inf where something forbids it.
 
-    `mask(head, q_index, k_index)`, on index arrays of equal shape, is traced into the kernels. Keys
-    from `keys` on do not exist (they fill a last block), nor those from `lengths[n]` on; tokens of
-    different `segments` do not see each other. All this is asked in partial blocks only.
+    `mask(head, q_index, k_index)`, on index arrays of equal shape, is traced into the kernels, and
+    so is `bias`. Keys from `keys` on do not exist (they fill a last block), nor those from
+    `lengths[n]` on; tokens of different `segments` do not see each other; there are so many masks
+    by slot, `arrays`. All this is asked in partial blocks only. With `numbers` every stored block
+    has a bias of its own. A `dropout` drops weights, not what they are divided by.
     """
 
     scale: float
     softcap: float | None = None
-    mask: Mask | None = None
+    mask: OfIndices | None = None
     keys: int | None = None
     lengths: bool = False
     segments: bool = False
+    arrays: int = 0
+    bias: OfIndices | None = None
+    numbers: bool = False
+    dropout: Dropout | None = None
 
     @property
     def masked(self) -> bool:
         """Whether partial blocks differ from full ones."""
-        data = self.lengths or self.segments or self.keys is not None
+        data = self.lengths or self.segments or self.keys is not None or self.arrays > 0
         return data or self.mask is not None
 
     @property
-    def crowded(self) -> bool:
-        """Whether they take many registers in partial blocks."""
-        return self.segments or (self.masked and self.softcap is not None)
+    def biased(self) -> bool:
+        """Whether something is added to scores."""
+        return self.bias is not None or self.numbers
 
     @property
-    def factor(self) -> float:
-        """Of what `of` returns, to be the exponent of two."""
+    def everywhere(self) -> bool:
+        """Whether full blocks need to know where they are."""
+        return self.biased or self.dropout is not None
+
+    @property
+    def by_slot(self) -> bool:
+        """Whether it matters where a block is stored."""
+        return self.arrays > 0 or self.numbers
+
+    @property
+    def apart(self) -> bool:
+        """Whether dq needs weights and the slope of scores each by itself: numbers by slot are
+        added behind a softcap."""
+        return self.numbers and self.softcap is not None
+
+    @property
+    def crowded(self) -> bool:
+        """Whether they take many registers."""
+        many = self.everywhere or self.arrays > 0 or self.segments
+        return many or (self.masked and self.softcap is not None)
+
+    @property
+    def unit(self) -> float:
+        """Of what `of` returns, in exponents of two."""
         if self.softcap is not None:
             return self.softcap * LOG2E
         return self.scale * LOG2E if self.scale > 0 else LOG2E
 
+    @property
+    def factor(self) -> float:
+        """Of scores, biased or not, to be the exponent of two."""
+        return 1.0 if self.biased else self.unit
+
+    @property
+    def spread(self) -> float:
+        """What weights that are kept are multiplied by."""
+        return 1 if self.dropout is None else 1 / (1 - self.dropout.rate)
+
     def of(self, products: Array) -> Array:
-        """Over `factor`, before anything is masked."""
+        """Over `unit`, before anything is added or masked."""
         if self.softcap is not None:
             return _tanh(products * (self.scale / self.softcap))
         return products if self.scale > 0 else products * self.scale
@@ -64,72 +117,27 @@ class Scores:
         """Of the scores by the products, over the `scale`; `scores` are those of `of`."""
         return 1.0 if self.softcap is None else 1 - scores * scores
 
+    def thinned(self, gradient: Array, weights: Array) -> Array:
+        """The gradient of weights, from that of what is kept of them: dropped ones are negative."""
+        if self.dropout is None:
+            return gradient
+        return jnp.where(weights > 0, gradient * self.spread, 0.0)
 
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Whose scores a tile has, inside a kernel; with `flipped`, keys are rows."""
+    def whole(self, weights: Array) -> Array:
+        """Weights, dropped or not."""
+        return weights if self.dropout is None else jnp.abs(weights)
 
-    spec: Scores
-    batch: Any
-    head: Any
-    limits: tuple[Any, ...]  # lengths, q_segments, k_segments: as far as there are
-    flipped: bool = False
+    def data(self, arrays: Any) -> Data:
+        """The arrays by their names, in the order in which they are passed."""
+        left = list(arrays)
 
-    def masked(self, scores: Array, row: Any, column: Any) -> Array:
-        """`scores` of the tile that begins there, and -inf where they are forbidden."""
-        parts: list[Array] = []
-        for first in range(0, scores.shape[1], PART):
-            part = scores[:, first : first + PART]
-            if parts:  # one after the other, or registers run out
-                parts[-1], part = lax.optimization_barrier((parts[-1], part))
-            parts.append(self._masked(part, row, column + first))
-        return jnp.concatenate(parts, axis=1)
+        def take(yes: bool) -> Any:
+            return left.pop(0) if yes else None
 
-    def _masked(self, scores: Array, row: Any, column: Any) -> Array:
-        rows, columns = _indices(scores.shape, row, column)
-        query, key = (columns, rows) if self.flipped else (rows, columns)
-        spec, limits, conditions = self.spec, list(self.limits), []
-        if spec.mask is not None:
-            conditions.append(spec.mask(self.head, query, key))
-        if spec.keys is not None:
-            conditions.append(key < spec.keys)
-        if spec.lengths:
-            conditions.append(key < limits.pop(0)[self.batch])
-        if spec.segments:
-            ids = reversed(limits) if self.flipped else limits
-            own, other = (
-                lax.broadcast_in_dim(
-                    vector(source.at[self.batch], start, scores.shape[axis], axis),
-                    scores.shape,
-                    (axis,),
-                )
-                for axis, (source, start) in enumerate(zip(ids, (row, column), strict=True))
-            )
-            conditions.append(own == other)
-        for condition in conditions:
-            scores = jnp.where(condition, scores, -math.inf)
-        return scores
-
-
-def _indices(shape: tuple[int, ...], row: Any, column: Any) -> tuple[Array, Array]:
-    """Of the rows and the columns of a tile that begins there."""
-    few = shape[0], 8
-    rows, columns = (
-        plgpu.broadcasted_iota(jnp.int32, few, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1)
-    )
-    # or they are computed outside of the loop, and held in registers that are not there
-    rows, columns = lax.optimization_barrier((rows, columns))
-    starts = range(0, shape[1], few[1])
-    return (
-        jnp.concatenate([rows + row for _ in starts], axis=1),
-        jnp.concatenate([columns + (column + start) for start in starts], axis=1),
-    )
-
-
-def vector(source: Any, start: Any, size: int, axis: int) -> Array:
-    """From global memory, as a row (axis 0) or a column of it wants to be added to a tile."""
-    layout = plgpu.Layout.WGMMA.reduce(1 - axis)
-    return plgpu.load(source.at[pl.ds(start, size)], layout=layout, optimized=False)
+        lengths = take(self.lengths)
+        segments = (take(True), take(True)) if self.segments else None
+        masks = tuple(take(True) for _ in range(self.arrays))
+        return Data(lengths, segments, masks, take(self.numbers), take(self.dropout is not None))
 
 
 def _tanh(x: Array) -> Array:

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _ring
+from pallas_kernels._place import Spot
 from pallas_kernels.attention_config import Config
 from pallas_kernels.config import ROWS, SLICE
 
@@ -46,6 +47,7 @@ class Walk:
     order: Any
     ptr: Any
     other: Any
+    slots: Any  # or None, where it does not matter in which slot a block is
     heads: int  # that have a list
     shape: tuple[int, int]  # (heads, tokens) of the tiles' side
     sides: tuple[int, int]  # of blocks on the tiles' side and on the other
@@ -109,6 +111,15 @@ class Walk:
         """The first on the other side of a step."""
         block = self.other[self._list(tile, span.head), lax.div(s, self.cut)]
         return block * self.sides[1] + lax.rem(s, self.cut) * self.config.step
+
+    def spot(self, tile: Tile, span: Span, s: Any, start: Any) -> Spot:
+        """Where the scores of a step are, for the tokens from `start` on."""
+        token = self.token(tile, span, s)
+        if self.slots is None:
+            return Spot(start, token)
+        slot = self.slots[self._list(tile, span.head), lax.div(s, self.cut)]
+        inside = lax.rem(start, self.sides[0]), lax.rem(s, self.cut) * self.config.step
+        return Spot(start, token, slot, inside)
 
     def _list(self, tile: Tile, head: Any) -> Any:
         lists = self.ptr.shape[0]

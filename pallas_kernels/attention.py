@@ -18,7 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _ring, _tiles
-from pallas_kernels._scores import LOG2E, Place, Scores
+from pallas_kernels._place import Place
+from pallas_kernels._scores import LOG2E, Scores
 from pallas_kernels._tiles import Span, Tile
 from pallas_kernels.attention_config import Config
 from pallas_kernels.attention_lists import Lists
@@ -44,8 +45,10 @@ def forward(
     by, `[n, h, q]` in float32: -inf, and zeros, for queries without keys.
 
     q is `[n, q, h, d]`, k and v are `[n, k, g, d]`, of whole blocks (queries, keys). `sinks` `[h]`
-    in float32 are logits that only divide. `limits` are int32: lengths `[n]`, segments `[n, q]` and
-    `[n, k]`, as far as `scores` names them. `order` is that of the tiles (`attention_lists`).
+    in float32 are logits that only divide. `order` is that of the tiles (`attention_lists`).
+    `limits` are, as far as `scores` names them, in int32: lengths `[n]`; segments `[n, q]` and
+    `[n, k]`; masks by slot as bits of 32 keys, `[#n, #h, #e, #bc / 32, #br]`; then in float32
+    numbers by slot `[#n, #h, #e]`; and in int32 the words of a dropout `[2, n, h, q]`.
     """
     n, length, h, _ = q.shape
     last = () if sinks is None else (sinks,)
@@ -59,7 +62,13 @@ def forward(
         ),
         **launched(config),
     )
-    return run(q, k, v, *lists, order, *limits, *last)
+    return run(q, k, v, *operands(lists, order), *limits, *last)
+
+
+def operands(lists: Lists, order: Array) -> list[Array]:
+    """What leads a kernel: slots come last, if there are."""
+    slots = [] if lists.slot is None else [lists.slot]
+    return [lists.ptr, lists.other, order, *slots]
 
 
 def launched(config: Config) -> dict[str, Any]:
@@ -75,7 +84,9 @@ def launched(config: Config) -> dict[str, Any]:
 
 def _forward(q, k, v, ptr, other, order, *rest, config: Config, scores: Scores, block, sinks: bool):
     *rest, out, lse = rest
-    limits, sink = (rest[:-1], rest[-1]) if sinks else (rest, None)
+    sink = rest.pop() if sinks else None
+    slots = rest.pop(0) if scores.by_slot else None
+    data = scores.data(rest)
     _, length, h, d = q.shape
     step, many = config.step, config.warpgroups
     walk = _tiles.Walk(
@@ -83,6 +94,7 @@ def _forward(q, k, v, ptr, other, order, *rest, config: Config, scores: Scores, 
         order=order,
         ptr=ptr,
         other=other,
+        slots=slots,
         heads=h,
         shape=(h, length),
         sides=block,
@@ -106,7 +118,7 @@ def _forward(q, k, v, ptr, other, order, *rest, config: Config, scores: Scores, 
 
         def along(tile: Tile, span: Span, turn, state):
             head, start = walk.part(tile, warpgroup)
-            at = Place(scores, tile.batch, head, tuple(limits))
+            at = Place(scores, tile.batch, head, data).of_rows(start)
 
             def one(s, state, partial):
                 total, most, sums = state
@@ -115,15 +127,16 @@ def _forward(q, k, v, ptr, other, order, *rest, config: Config, scores: Scores, 
                 plgpu.barrier_wait(key_ring.full.at[stage])
                 own, _ = _tiles.product(mine, keys.at[stage], swap)
                 key_ring.release(now)
-                own = scores.of(own)
-                if partial:
-                    own = at.masked(own, start, walk.token(tile, span, s))
+                own, spot = scores.of(own), None
+                if partial or scores.everywhere:
+                    spot = walk.spot(tile, span, s, start)
+                    own = at.scores(own, spot, partial)
                 before, most = most, lax.max(most, jnp.max(own, axis=1) * scores.factor)
                 weights = jnp.exp2(own * scores.factor - _tiles.rows(most, own.shape))
                 fade = jnp.exp2(before - most)
                 total = total * fade + jnp.sum(weights, axis=1)
                 sums = sums * _tiles.rows(fade, sums.shape)
-                weights = weights.astype(q.dtype)
+                weights = at.dropped(weights, spot, jnp.zeros_like).astype(q.dtype)
                 plgpu.barrier_wait(value_ring.full.at[stage])
                 swap()
                 sums = _ring.onto_product(sums, weights, values.at[stage])
@@ -148,7 +161,7 @@ def _forward(q, k, v, ptr, other, order, *rest, config: Config, scores: Scores, 
             plgpu.barrier_arrive(free)
             seen = total > 0
             total = jnp.where(seen, total, 1.0)
-            sums = sums * _tiles.rows(jnp.where(seen, 1 / total, 0.0), sums.shape)
+            sums = sums * _tiles.rows(jnp.where(seen, scores.spread / total, 0.0), sums.shape)
             here = pl.ds(start, ROWS)
             _tiles.write(
                 sums, _ring.Slots(slots), lambda columns: out.at[tile.batch, here, head, columns]

@@ -61,11 +61,20 @@ def for_forward(
 
 
 def for_dq(
-    head: int, block: tuple[int, int], *, shared: int = 1, workers: int = MULTIPROCESSORS
+    head: int,
+    block: tuple[int, int],
+    *,
+    shared: int = 1,
+    everywhere: bool = False,
+    apart: bool = False,
+    workers: int = MULTIPROCESSORS,
 ) -> Config:
-    """The same for dq, which has q and dy in its tiles."""
+    """The same for dq, which has q and dy in its tiles. `everywhere` and
+    `apart` are as scores have it: there is a bias or a dropout; numbers by slot and a softcap."""
     config = _tiled(block[0], shared, workers)
-    step = 128 if head < MEDIUM and block[1] % 128 == 0 else 64 if head < LARGEST else 32
+    step = 128 if head < MEDIUM and block[1] % 128 == 0 else 64
+    if head == LARGEST or (everywhere and head > LARGE) or (apart and head == LARGE):
+        step = 32
     return _staged(dataclasses.replace(config, step=step), head, tiles=2)
 
 

@@ -14,10 +14,11 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import _ring, _tiles
-from pallas_kernels._scores import LOG2E, Place, Scores, vector
+from pallas_kernels import _gradients, _ring, _tiles
+from pallas_kernels._place import Place, vector
+from pallas_kernels._scores import LOG2E, Scores
 from pallas_kernels._tiles import Span, Tile
-from pallas_kernels.attention import launched
+from pallas_kernels.attention import launched, operands
 from pallas_kernels.attention_config import MEDIUM, Config
 from pallas_kernels.attention_lists import Lists
 from pallas_kernels.config import ROWS
@@ -42,15 +43,25 @@ def dq(
     scores: Scores,
     *limits: Array,
     block: tuple[int, int],
-) -> Array:
+) -> list[Array]:
     """Of `forward`: `log2` is the `exponent` of what it saved, `delta` `[n, h, q]` in float32 the
-    sum of `dy * y` over each head. Lists and order are those of queries."""
+    sum of `dy * y` over each head. Lists and order are those of queries.
+
+    If scores have `numbers`, also what their gradient is the sum of: the gradients of scores
+    `[n, h, e, steps, br]` in float32, each over the keys of a step. Those of slots that are in no
+    list are not written.
+    """
+    (n, _, h, _), (br, bc) = q.shape, block
+    outs = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
+    if scores.numbers:
+        shape = (n, h, lists.other.shape[1], bc // config.step, br)
+        outs.append(jax.ShapeDtypeStruct(shape, jnp.float32))
     run = plgpu.kernel(
         functools.partial(_dq, config=config, scores=scores, block=block),
-        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_type=outs,
         **launched(config),
     )
-    return run(q, k, v, dy, log2, delta, *lists, order, *limits)
+    return run(q, k, v, dy, log2, delta, *operands(lists, order), *limits)
 
 
 def dkv(
@@ -67,47 +78,46 @@ def dkv(
     *limits: Array,
     block: tuple[int, int],
 ) -> tuple[Array, Array]:
-    """dk and dv, by lists and an order of keys; `block` is still (queries, keys)."""
+    """dk and dv, by lists and an order of keys; `block` is still (queries, keys), but masks by slot
+    are bits of 32 queries."""
     run = plgpu.kernel(
         functools.partial(_dkv, config=config, scores=scores, block=block),
         out_type=tuple(jax.ShapeDtypeStruct(k.shape, k.dtype) for _ in range(2)),
         **launched(config),
     )
-    return run(q, k, v, dy, log2, delta, *lists, order, *limits)
-
-
-def _weights(
-    scores: Scores, at: Place, own: Array, log2: Array, where: Any, dtype: Any
-) -> tuple[Array, Array]:
-    """Of a tile of products: rounded, and times the slope of its scores. `where` it begins, if it
-    is partial."""
-    own = scores.of(own)
-    slope = scores.slope(own)
-    if where is not None:
-        own = at.masked(own, *where)
-    weights = jnp.exp2(own * scores.factor - log2)
-    return weights.astype(dtype), weights * slope
+    return run(q, k, v, dy, log2, delta, *operands(lists, order), *limits)
 
 
 def _dq(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, scores: Scores, block):
-    *limits, out = rest
+    rest = list(rest)
+    dnumbers = rest.pop() if scores.numbers else None
+    out, slots = rest.pop(), rest.pop(0) if scores.by_slot else None
+    data = scores.data(rest)
     _, length, h, d = q.shape
     walk = _tiles.Walk(
-        config=config, order=order, ptr=ptr, other=other, heads=h, shape=(h, length), sides=block
+        config=config,
+        order=order,
+        ptr=ptr,
+        other=other,
+        slots=slots,
+        heads=h,
+        shape=(h, length),
+        sides=block,
     )
 
     def load(queries, cotangents, keys, values, _, barriers, rings):
         streams = [((k,), (keys,), rings[0]), ((v,), (values,), rings[1])]
         walk.load([(q, queries), (dy, cotangents)], streams, *barriers)
 
-    def multiply(queries, cotangents, keys, values, slots, barriers, rings):
+    def multiply(queries, cotangents, keys, values, staging, barriers, rings):
         warpgroup, (ready, free) = lax.axis_index("warpgroup"), barriers
+        slices, *sums_of_rows = staging if scores.numbers else (staging,)
         own_q, own_dy = queries.at[warpgroup], cotangents.at[warpgroup]
         key_ring, value_ring = rings
 
         def along(tile: Tile, span: Span, turn, sums):
             head, start = walk.part(tile, warpgroup)
-            at = Place(scores, tile.batch, head, tuple(limits))
+            at = Place(scores, tile.batch, head, data).of_rows(start)
             of_rows = [vector(one.at[tile.batch, head], start, ROWS, 0) for one in (log2, delta)]
 
             def one(s, sums, partial):
@@ -115,16 +125,26 @@ def _dq(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, scor
                 stage = key_ring.stage(now)
                 plgpu.barrier_wait(key_ring.full.at[stage])
                 products, _ = _tiles.product(own_q, keys.at[stage])
-                where = (start, walk.token(tile, span, s)) if partial else None
+                spot = None
+                if partial or scores.everywhere:
+                    spot = walk.spot(tile, span, s, start)
                 log, less = (_tiles.rows(one, products.shape) for one in of_rows)
 
                 def weigh():
-                    return _weights(scores, at, products, log, where, q.dtype)
+                    return _gradients.weights(
+                        at, products, log, spot, partial, q.dtype, scores.apart
+                    )
 
                 plgpu.barrier_wait(value_ring.full.at[stage])
-                gradient, (_, weights) = _tiles.product(own_dy, values.at[stage], weigh)
+                gradient, (_, weights, slope) = _tiles.product(own_dy, values.at[stage], weigh)
                 value_ring.release(now)
-                gradient = (weights * (gradient - less)).astype(q.dtype)
+                gradient = scores.whole(weights) * (scores.thinned(gradient, weights) - less)
+                if dnumbers is not None and spot is not None:
+                    here = dnumbers.at[tile.batch, head, spot.slot, lax.rem(s, walk.cut)]
+                    here = here.at[pl.ds(lax.rem(start, walk.sides[0]), ROWS)]
+                    _gradients.put(jnp.sum(gradient, axis=1), sums_of_rows[0].at[warpgroup], here)
+                    gradient = gradient if slope is None else gradient * slope
+                gradient = gradient.astype(q.dtype)
                 sums = _ring.onto_product(sums, gradient, keys.at[stage])
                 key_ring.release(now)
                 return sums
@@ -143,7 +163,7 @@ def _dq(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, scor
             head, start = walk.part(tile, warpgroup)
             _tiles.write(
                 sums * scores.scale,
-                _ring.Slots(slots.at[warpgroup]),
+                _ring.Slots(slices.at[warpgroup]),
                 lambda columns: out.at[tile.batch, pl.ds(start, ROWS), head, columns],
             )
             return turn
@@ -152,17 +172,20 @@ def _dq(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, scor
         walk.tiles(tile_)
         plgpu.wait_smem_to_gmem(0)
 
-    _scoped(load, multiply, walk, q, numbers=False)
+    _gradients.scoped(load, multiply, walk, q, numbers=False, sums_of_rows=scores.numbers)
 
 
 def _dkv(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, scores: Scores, block):
-    *limits, dk, dv = rest
+    *rest, dk, dv = rest
+    by_slot = rest.pop(0) if scores.by_slot else None
+    data = scores.data(rest)
     _, length, g, d = k.shape
     walk = _tiles.Walk(
         config=config,
         order=order,
         ptr=ptr,
         other=other,
+        slots=by_slot,
         heads=q.shape[2],
         shape=(g, length),
         sides=block[::-1],
@@ -184,31 +207,32 @@ def _dkv(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, sco
         )
 
         # weights are computed beside a product, if that leaves registers for a mask
-        beside = d < MEDIUM or not scores.masked
+        beside = d < MEDIUM or not (scores.masked or scores.everywhere)
 
         def along(tile: Tile, span: Span, turn, sums):
             start = walk.part(tile, part)[1]
-            at = Place(scores, tile.batch, span.head, tuple(limits), flipped=True)
+            at = Place(scores, tile.batch, span.head, data, flipped=True)
 
             def one(s, sums, partial):
                 sums = dict(zip(wants, sums, strict=True))
-                now, token = turn + s - span.begin, walk.token(tile, span, s)
+                now, spot = turn + s - span.begin, None
+                if partial or scores.everywhere:
+                    spot = walk.spot(tile, span, s, start)
                 stage = query_ring.stage(now)
                 plgpu.barrier_wait(query_ring.full.at[stage])
                 products, _ = _tiles.product(own_k, queries.at[stage])
 
                 def weigh():
                     log = _tiles.columns(logs.at[stage], products.shape)
-                    where = (start, token) if partial else None
-                    return _weights(scores, at, products, log, where, q.dtype)
+                    return _gradients.weights(at, products, log, spot, partial, q.dtype)
 
                 own_dy, together = cotangents.at[stage], beside and "dk" in sums
                 gradient: Any = None
                 if together:
                     plgpu.barrier_wait(cotangent_ring.full.at[stage])
-                    gradient, (rounded, weights) = _tiles.product(own_v, own_dy, weigh)
+                    gradient, (rounded, weights, _) = _tiles.product(own_v, own_dy, weigh)
                 else:
-                    rounded, weights = weigh()
+                    rounded, weights, _ = weigh()
                     plgpu.barrier_wait(cotangent_ring.full.at[stage])
                 if "dv" in sums:
                     sums["dv"] = _ring.onto_product(sums["dv"], rounded, own_dy)
@@ -216,10 +240,10 @@ def _dkv(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, sco
                     less = _tiles.columns(deltas.at[stage], products.shape)
                     if not together:
                         gradient, _ = _tiles.product(own_v, own_dy)
-                    gradient = gradient - less
+                    gradient = scores.thinned(gradient, weights) - less
                 cotangent_ring.release(now)
                 if "dk" in sums:
-                    gradient = (weights * gradient).astype(q.dtype)
+                    gradient = (scores.whole(weights) * gradient).astype(q.dtype)
                     sums["dk"] = _ring.onto_product(sums["dk"], gradient, queries.at[stage])
                 query_ring.release(now)
                 return tuple(sums.values())
@@ -238,7 +262,7 @@ def _dkv(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, sco
             plgpu.barrier_arrive(free)
             head, start = walk.part(tile, part)
             here, staging = pl.ds(start, ROWS), _ring.Slots(slots.at[warpgroup])
-            outs = {"dk": (dk, scores.scale), "dv": (dv, 1.0)}
+            outs = {"dk": (dk, scores.scale), "dv": (dv, float(scores.spread))}
             for name, own in zip(wants, sums, strict=True):
                 out, factor = outs[name]
                 _tiles.write(
@@ -260,25 +284,4 @@ def _dkv(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, sco
             run = functools.partial(multiply, *scratch, wants=(name,))
             pl.when(lax.axis_index("warpgroup") == warpgroup)(run)
 
-    _scoped(load, each, walk, q, numbers=True)
-
-
-def _scoped(load: Any, multiply: Any, walk: _tiles.Walk, like: Any, numbers: bool) -> None:
-    """With two tiles that stay and two that come and go, perhaps with a number for each token."""
-    config, d, dtype = walk.config, like.shape[3], like.dtype
-    streams: Any = [_tiles.memory(config, config.step, d, dtype, config.stages)] * 2
-    if numbers:
-        shape = (config.stages, config.step)
-        streams = [(one, plgpu.SMEM(shape, jnp.float32)) for one in streams]
-    many = config.warpgroups
-    pl.run_scoped(
-        lambda *scratch: _ring.roles(
-            many, lambda: load(*scratch), lambda: multiply(*scratch), _tiles.REGISTERS
-        ),
-        *[_tiles.memory(config, ROWS, d, dtype, walk.parts)] * 2,
-        *streams,
-        _tiles.staging(config, d, dtype),
-        (plgpu.Barrier(num_arrivals=2 * walk.parts), plgpu.Barrier(num_arrivals=many)),
-        [_ring.ring(config.stages, many, 1 + numbers) for _ in range(2)],
-        collective_axes="warpgroup",
-    )
+    _gradients.scoped(load, each, walk, q, numbers=True)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from pallas_kernels.attention_config import Config
 from pallas_kernels.lists import pointers
@@ -20,17 +20,27 @@ class Lists(NamedTuple):
 
     ptr: Array  # int32 [lists, 2 * blocks + 1]: where full blocks begin, then partial ones, ...
     other: Array  # int32 [lists, e]: the block on the other side
+    slot: Array | None = None  # int32 [lists, e]: where the pair is stored, if that matters
 
 
-def of_pattern(own: Array, other: Array, partial: Array, grid: tuple[int, int]) -> Lists:
+def of_pattern(
+    own: Array, other: Array, partial: Array, grid: tuple[int, int], *, slots: bool = False
+) -> Lists:
     """Of coordinates `[lists, e]` in any order, with `grid` (own blocks, other blocks).
 
-    Spare slots have `own` past the end. `partial` says which stored blocks need the mask.
+    Spare slots have `own` past the end. `partial` says which stored blocks need the mask. With
+    `slots` lists say where each pair is.
     """
     blocks, others = grid
     key = (2 * jnp.minimum(own, blocks) + partial.astype(jnp.int32)) * others
-    key = jnp.sort(key + jnp.minimum(other, others - 1), axis=-1)
-    return Lists(jax.vmap(lambda kind: pointers(kind, 2 * blocks))(key // others), key % others)
+    key, slot = key + jnp.minimum(other, others - 1), None
+    if slots:
+        each = lax.broadcasted_iota(jnp.int32, key.shape, key.ndim - 1)
+        key, slot = lax.sort((key, each), num_keys=1)
+    else:
+        key = jnp.sort(key, axis=-1)
+    ptr = jax.vmap(lambda kind: pointers(kind, 2 * blocks))(key // others)
+    return Lists(ptr, key % others, slot)
 
 
 def ordered(steps: Array, workers: int) -> Array:

@@ -3,12 +3,11 @@
 import math
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bsjax.ops import _attention_args as args
 from bsjax.ops import _attention_core as core
+from bsjax.ops import _attention_dropout as dropout
 from bsjax.ops import _attention_validate as validate
 from bsjax.ops._attention_choose import check
 from bsjax.ops._attention_tile import Operands, Spec
@@ -59,7 +58,9 @@ def attention(
     * `kv_lengths[...]`: how many keys there are, the rest is padding. (All three may also be the
       same for all leading axes.)
     * `dropout_rate`, `key`: each probability is dropped with this chance, and the others are scaled
-      up. The gradient drops the same ones.
+      up. The gradient drops the same ones. Which those are depends on the key, the batch element,
+      the head, the query and the key, and on nothing else: neither on the pattern and its blocks
+      nor on the implementation. The rate is rounded to a multiple of 2^-32.
 
     Softmax and sums are kept in float32 (float64 for float64); the result has the dtype of q,
     rounded once. Scores are computed again, block by block, in the backward pass: no array over all
@@ -82,12 +83,8 @@ def attention(
     functions, mask_consts, arrays = args.masks(mask, q, p)
     function, bias, floats, others = args.bias_of(bias, q, p)
     fixed = fixed._replace(masks=arrays, mask_consts=mask_consts, bias_consts=others)
-    rate, impl = validate.rate(dropout_rate), None
-    if rate:
-        key = validate.key(key)
-        impl = jax.random.key_impl(key)
-        element = jnp.arange(math.prod(lead), dtype=jnp.int32)
-        fixed = fixed._replace(element=element, key=jax.random.key_data(key))
+    if rate := validate.rate(dropout_rate):
+        fixed = fixed._replace(seeds=dropout.seeds(validate.key(key), math.prod(lead), h))
     spec = Spec(
         name=implementation,
         grid=p.grid,
@@ -96,7 +93,6 @@ def attention(
         scale=d**-0.5 if scale is None else validate.number("scale", scale),
         softcap=None if softcap is None else validate.number("softcap", softcap, positive=True),
         dropout_rate=rate,
-        key_impl=impl,
         masks=functions,
         bias=function,
     )

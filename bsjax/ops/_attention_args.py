@@ -45,7 +45,7 @@ def fixed(
     if kv_lengths is not None:
         kv_lengths = validate.whole("kv_lengths", kv_lengths, tuple(lead), ())
     row, col = p.row.reshape(*own, e), p.col.reshape(*own, e)
-    return Fixed(row, col, full, [], [], [], q_segments, kv_segments, kv_lengths, None, None)
+    return Fixed(row, col, full, [], [], [], q_segments, kv_segments, kv_lengths, None)
 
 
 def _segments(name: str, ids: Any, lead: tuple[int, ...], size: int, block: int) -> Array:

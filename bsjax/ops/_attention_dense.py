@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from bsjax.ops import _attention_dropout as _dropout
 from bsjax.ops import _attention_tile as tiles
-from bsjax.ops._attention_tile import Fixed, Operands, Spec, Tile
+from bsjax.ops._attention_tile import Fixed, Operands, Spec
 from bsjax.ops._reference import accumulator
 
 
@@ -41,7 +42,7 @@ def attention(spec: Spec, x: Operands, p: Fixed) -> Float[Array, "n q h f"]:
         total = total + jnp.exp(sinks - top)
     probs = probs / jnp.where(total > 0, total, 1)[..., None]
     if spec.dropout_rate:
-        probs = probs * _dropout(spec, x, p).astype(dtype)
+        probs = probs * _dropped(spec, p).astype(dtype)
     probs = probs.reshape(n, h // share, share, *probs.shape[2:])
     return einsum("ngjqs,nsgf->nqgjf", probs, v).reshape(n, q.shape[1], h, v.shape[3])
 
@@ -115,12 +116,12 @@ def _whole(blocks: Array) -> Array:
     return blocks.swapaxes(-3, -2).reshape(*lead, r * br, c * bc)
 
 
-def _dropout(spec: Spec, x: Operands, p: Fixed) -> Array:
-    n, heads, _ = tiles.sizes(spec, x)
-    shape = (n, heads, *spec.grid)
-
-    def one(n: Any, h: Any, row: Any, col: Any) -> Any:
-        return tiles.dropout(spec, p, Tile(n, h, 0, row, col), heads)
-
-    blocks = jax.vmap(one)(*jnp.indices(shape, dtype=jnp.int32).reshape(4, -1))
-    return _whole(blocks.reshape(*shape, *spec.block))
+def _dropped(spec: Spec, p: Fixed) -> Float[Array, "n h q s"]:
+    """What each probability is multiplied by."""
+    assert p.seeds is not None
+    (r, c), (br, bc) = spec.grid, spec.block
+    q = jnp.arange(r * br, dtype=jnp.int32)[None, None]
+    first, second = _dropout.words(p.seeds[:, :, None], q)
+    k = jnp.arange(c * bc, dtype=jnp.int32)[None, None, None]
+    kept = _dropout.kept(first[..., None], second[..., None], k, spec.dropout_rate)
+    return jnp.where(kept, jnp.float32(1 / (1 - spec.dropout_rate)), 0)

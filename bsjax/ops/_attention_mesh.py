@@ -110,7 +110,6 @@ def _own(x: Operands, p: Fixed) -> tuple[Any, Any]:
         q_segments=all_of(p.q_segments, True),
         kv_segments=all_of(p.kv_segments, True),
         kv_lengths=all_of(p.kv_lengths, True),
-        element=all_of(p.element, True),
-        key=all_of(p.key, False),
+        seeds=all_of(p.seeds, True),
     )
     return differentiated, kept

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
+from bsjax.ops import _attention_dropout as _dropout
 from bsjax.ops import _mesh
 from bsjax.ops._hoist import Hoisted
 from bsjax.ops._reference import accumulator
@@ -26,7 +27,6 @@ class Spec:
     scale: float
     softcap: float | None
     dropout_rate: float
-    key_impl: Any
     masks: tuple[Hoisted, ...]
     bias: Hoisted | None
 
@@ -54,8 +54,7 @@ class Fixed(NamedTuple):
     q_segments: Int32[Array, "n q"] | None
     kv_segments: Int32[Array, "n s"] | None
     kv_lengths: Int32[Array, " n"] | None
-    element: Int32[Array, " n"] | None  # which of all batch elements these are
-    key: Any  # of a dropout, as numbers
+    seeds: Int32[Array, "n h 2"] | None  # of a dropout
 
 
 class Tile(NamedTuple):
@@ -147,16 +146,13 @@ def _unless_full(spec: Spec, p: Fixed, at: Tile, q: Array, k: Array) -> Bool[Arr
     return lax.cond(own(p.full, at)[at.slot], lambda: alike(jnp.ones(spec.block, bool)), evaluate)
 
 
-def dropout(spec: Spec, p: Fixed, at: Tile, heads: int) -> Float[Array, "br bc"] | None:
+def dropout(spec: Spec, p: Fixed, at: Tile) -> Float[Array, "br bc"] | None:
     """What each probability is multiplied by: 0, or 1 over the share that is kept."""
-    if p.element is None:
+    if p.seeds is None:
         return None
-    # the key of a block, wherever it is stored: another pattern drops the same
-    key = jax.random.wrap_key_data(p.key, impl=spec.key_impl)
-    key = jax.random.fold_in(key, p.element[at.n] * heads + at.h)
-    key = jax.random.fold_in(key, at.row * spec.grid[1] + at.col)
-    keep = 1 - spec.dropout_rate
-    return jnp.where(jax.random.bernoulli(key, keep, spec.block), jnp.float32(1 / keep), 0)
+    q, k = positions(spec, at)
+    kept = _dropout.kept(*_dropout.words(p.seeds[at.n, at.h], q), k, spec.dropout_rate)
+    return jnp.where(kept, jnp.float32(1 / (1 - spec.dropout_rate)), 0)
 
 
 def bias_of(spec: Spec, floats: list[Any], others: list[Any], h: Any, q: Array, k: Array) -> Array:

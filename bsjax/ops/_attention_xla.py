@@ -66,7 +66,7 @@ def forward(spec: Spec, x: Operands, p: Fixed) -> tuple[Array, Array]:
             finite = jnp.where(new == -jnp.inf, 0, new)  # nothing seen yet
             probs, old = jnp.exp(s - finite[:, None]), jnp.exp(top - finite)
             total = total * old + probs.sum(1)
-            if (drop := tiles.dropout(spec, p, tile, heads)) is not None:
+            if (drop := tiles.dropout(spec, p, tile)) is not None:
                 probs = probs * drop.astype(dtype)
             return new, total, mixed * old[:, None] + tiles.dot(probs, v, 1, 0)
 
@@ -120,7 +120,7 @@ def backward(spec: Spec, x: Operands, p: Fixed, out: Array, lse: Array, dout: Ar
             )
             probs = jnp.exp(s - logs[:, None])
             dprobs, kept = tiles.dot(do, v, 1, 1), probs
-            if (drop := tiles.dropout(spec, p, tile, heads)) is not None:
+            if (drop := tiles.dropout(spec, p, tile)) is not None:
                 dprobs, kept = dprobs * drop.astype(dtype), probs * drop.astype(dtype)
             ds = probs * (dprobs - mean[:, None])
             dq_part, dk, dbias, dconsts = pull(ds)

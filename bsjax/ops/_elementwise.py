@@ -9,8 +9,9 @@ from bsjax.ops._hoist import CALLS, CASTS, Hoisted, walk
 
 # primitives that compute each element from those at the same place, and that kernels lower
 _LOGIC = {"and", "not", "or", "xor", "select_n", "eq", "ne", "lt", "le", "gt", "ge"}
-_NUMBERS = {"abs", "add", "clamp", "div", "exp2", "integer_pow", "max", "min", "mul", "neg", "rem"}
-STEPS = _LOGIC | _NUMBERS | {"convert_element_type", "sign", "sub"}
+_NUMBERS = {"abs", "add", "clamp", "div", "integer_pow", "max", "min", "mul", "neg", "rem", "sub"}
+_FUNCTIONS = {"exp", "exp2", "log", "sqrt", "square", "tanh"}
+STEPS = _LOGIC | _NUMBERS | _FUNCTIONS | {"convert_element_type", "sign"}
 # leave every element where it is: axes are only ever added by what kernels do not have
 _SAME = {"broadcast_in_dim"} | CASTS
 

@@ -1,11 +1,14 @@
 """The door to the attention kernels: what they can run, and the lists that they walk."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
+from bsjax.ops import _attention_dropout as dropout
 from bsjax.ops import _elementwise, _mesh, _mosaic
 from bsjax.ops._attention_tile import Fixed, Operands, Spec, sizes
 from pallas_kernels import attention_config as config
@@ -18,12 +21,13 @@ def why_not(spec: Spec, x: Operands, p: Fixed) -> str | None:
         return reason
     if d != f:
         return f"kernels want values as wide as keys, and these are {f} and {d} wide"
-    if x.bias is not None or spec.bias is not None:
-        return "kernels have no `bias`"
-    if spec.dropout_rate:
-        return "kernels have no dropout"
-    if p.masks:
-        return "kernels have no masks by slot: write `mask` as a function of indices"
+    if x.bias is not None and x.bias.shape[3:] != (1, 1):
+        return (
+            "kernels have an array `bias` only as one number for each slot, [..., h, e, 1, 1], and "
+            f"this one ends in {x.bias.shape[2:]}: write it as a function of indices"
+        )
+    if spec.bias is not None and (reason := _elementwise.why_not("bias", spec.bias)):
+        return reason
     for function in spec.masks:
         if reason := _elementwise.why_not("mask", function):
             return reason
@@ -43,7 +47,8 @@ def forward(spec: Spec, x: Operands, p: Fixed) -> tuple[Array, Array]:
         return jnp.zeros(x.q.shape, x.q.dtype), _like(empty.astype(jnp.float32), x, p)
     x, p, sinks = _mosaic.alike(x, p, sinks)
     own, other, partial = _needed(spec, x, p)
-    rows = lists.of_pattern(own, other, partial, spec.grid)
+    scores = _scores(spec, x, p)
+    rows = lists.of_pattern(own, other, partial, spec.grid, slots=scores.by_slot)
     shared = _shared(spec, x, rows)
     chosen = config.for_forward(
         x.q.shape[3], spec.block, shared=shared, workers=_mosaic.multiprocessors()
@@ -55,8 +60,8 @@ def forward(spec: Spec, x: Operands, p: Fixed) -> tuple[Array, Array]:
         rows,
         lists.order(rows, chosen, n, h, h, spec.block[0]),
         chosen,
-        _scores(spec, p),
-        *_limits(p),
+        scores,
+        *_limits(spec, x, p),
         block=spec.block,
         sinks=sinks,
     )
@@ -88,22 +93,26 @@ def backward(
     x, p, dy, log2, delta = _mosaic.alike(x, p, dy, log2, delta)
     own, other, partial = _needed(spec, x, p)
     (br, bc), (r, c) = spec.block, spec.grid
-    rows = lists.of_pattern(own, other, partial, (r, c))
-    columns = lists.of_pattern(other, own, partial, (c, r))
-    saved, scores, limits = (x.q, x.k, x.v, dy, log2, delta), _scores(spec, p), _limits(p)
+    saved, scores = (x.q, x.k, x.v, dy, log2, delta), _scores(spec, x, p)
+    rows = lists.of_pattern(own, other, partial, (r, c), slots=scores.by_slot)
+    columns = lists.of_pattern(other, own, partial, (c, r), slots=scores.by_slot)
     d, workers, shared = x.q.shape[3], _mosaic.multiprocessors(), _shared(spec, x, rows)
-    for_queries = config.for_dq(d, spec.block, shared=shared, workers=workers)
+    crowds = {"everywhere": scores.everywhere, "apart": scores.apart}
+    for_queries = config.for_dq(d, spec.block, shared=shared, **crowds, workers=workers)
     for_keys = config.for_dkv(d, spec.block, crowded=scores.crowded, workers=workers)
     order = lists.order(rows, for_queries, n, h, h, br)
-    dq = kernels.dq(*saved, rows, order, for_queries, scores, *limits, block=spec.block)
+    limits = _limits(spec, x, p)
+    dq, *parts = kernels.dq(*saved, rows, order, for_queries, scores, *limits, block=spec.block)
+    dbias = _of_slots(parts[0], own < r, x.bias) if parts and x.bias is not None else None
     order = lists.order(columns, for_keys, n, h // group, h, bc)
+    limits = _limits(spec, x, p, flipped=True)
     dk, dv = kernels.dkv(*saved, columns, order, for_keys, scores, *limits, block=spec.block)
-    dq, dk, dv = (_like(a, x, p) for a in (dq, dk, dv))
-    return Operands(dq, dk, dv, None, [], dsinks)
+    dq, dk, dv, dbias = (a if a is None else _like(a, x, p) for a in (dq, dk, dv, dbias))
+    return Operands(dq, dk, dv, dbias, [], dsinks)
 
 
-def _scores(spec: Spec, p: Fixed) -> Any:
-    from pallas_kernels._scores import Scores
+def _scores(spec: Spec, x: Operands, p: Fixed) -> Any:
+    from pallas_kernels._scores import Dropout, Scores
 
     def mask(head: Any, queries: Any, keys: Any) -> Any:
         found = None
@@ -112,6 +121,13 @@ def _scores(spec: Spec, p: Fixed) -> Any:
             found = one if found is None else found & one
         return found
 
+    def bias(head: Any, queries: Any, keys: Any) -> Any:
+        return _elementwise.evaluate(spec.bias, head, queries, keys)  # pyright: ignore
+
+    rate, dropped = spec.dropout_rate, None
+    if p.seeds is not None:
+        kept = functools.partial(dropout.kept, rate=rate)
+        dropped = Dropout(kept, rate)
     keys = spec.lengths[1]
     return Scores(
         scale=spec.scale,
@@ -120,11 +136,45 @@ def _scores(spec: Spec, p: Fixed) -> Any:
         keys=keys if keys % spec.block[1] else None,
         lengths=p.kv_lengths is not None,
         segments=p.q_segments is not None,
+        arrays=len(p.masks),
+        bias=None if spec.bias is None else bias,
+        numbers=x.bias is not None,
+        dropout=dropped,
     )
 
 
-def _limits(p: Fixed) -> list[Array]:
-    return [a for a in (p.kv_lengths, p.q_segments, p.kv_segments) if a is not None]
+def _limits(spec: Spec, x: Operands, p: Fixed, flipped: bool = False) -> list[Array]:
+    """The arrays that scores depend on; `flipped` for tiles of keys."""
+    found = [a for a in (p.kv_lengths, p.q_segments, p.kv_segments) if a is not None]
+    found += [packed(a.swapaxes(3, 4) if flipped else a) for a in p.masks]
+    if x.bias is not None:
+        found.append(x.bias[..., 0, 0].astype(jnp.float32))
+    if p.seeds is not None:
+        queries = jnp.arange(x.q.shape[1], dtype=jnp.int32)[None, None]
+        found.append(jnp.stack(dropout.words(p.seeds[:, :, None], queries)))
+    return found
+
+
+def packed(mask: Bool[Array, "n h e rows columns"]) -> Int32[Array, "n h e parts #rows"]:
+    """Columns as bits of words, 32 of each; a single column, for all, sets none or all."""
+    *lead, columns = mask.shape
+    if columns == 1:
+        return jnp.where(mask, jnp.int32(-1), 0).swapaxes(3, 4)
+    bits = mask.reshape(*lead, columns // 32, 32).astype(jnp.uint32)
+    weights = jnp.left_shift(jnp.uint32(1), jnp.arange(32, dtype=jnp.uint32))
+    words = jnp.sum(bits * weights.reshape(*(1,) * (bits.ndim - 1), 32), axis=-1, dtype=jnp.uint32)
+    return lax.bitcast_convert_type(words, jnp.int32).swapaxes(3, 4)
+
+
+def _of_slots(
+    parts: Float[Array, "n h e steps br"], needed: Bool[Array, "l e"], bias: Array
+) -> Float[Array, "#n #h #e 1 1"]:
+    """The gradient of a number for each slot, from those of scores; others are not written."""
+    n, h, e = parts.shape[:3]
+    needed = needed.reshape(*((1, 1) if needed.shape[0] == 1 else (n, h)), e)
+    sums = jnp.sum(jnp.where(needed[..., None, None], parts, 0), axis=(3, 4))
+    shared = tuple(i for i, size in enumerate(bias.shape[:3]) if size < sums.shape[i])
+    return jnp.sum(sums, axis=shared, keepdims=True)[..., None, None]
 
 
 def _needed(
@@ -136,7 +186,7 @@ def _needed(
     row, col = p.row, p.col
     spare = (row >= r) | (col >= c)
     partial = jnp.zeros(row.shape, bool)
-    if spec.masks:
+    if spec.masks or p.masks:
         partial = ~p.full if p.full is not None else ~partial
     if spec.lengths[1] % bc:
         partial = partial | (col == c - 1)

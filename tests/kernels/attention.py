@@ -9,14 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bsjax.ops import _attention_dropout as dropout
 from pallas_kernels import attention, attention_config, attention_gradients, attention_lists
-from pallas_kernels._scores import Scores
+from pallas_kernels._scores import Dropout, Scores
 from tests.helpers import normal
-from tests.ops.attention import elements, oracle
-
-CAUSAL = {"mask": lambda head, q, k: q >= k}
-BEFORE = lambda head, q, k: q > k  # noqa: E731  the first query has a block, and sees nothing
-SEGMENTS = {"lengths": True, "segments": True}
+from tests.ops.attention import elements, kept, oracle
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,6 +29,9 @@ class Case:
     density: float = 0.6
     sinks: bool = False
     scores: Any = dataclasses.field(default_factory=dict)  # of `Scores`, but for the scale
+    masks: tuple[str, ...] = ()  # by slot, of "rows", "columns" or "all"
+    numbers: bool = False  # a bias of each slot
+    rate: float = 0.0  # of a dropout
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -39,7 +39,11 @@ class Case:
 
     @property
     def spec(self) -> Scores:
-        return Scores(scale=self.d**-0.5, **self.scores)
+        given = {"arrays": len(self.masks), "numbers": self.numbers, **self.scores}
+        if self.rate:
+            hashed = functools.partial(dropout.kept, rate=self.rate)
+            given["dropout"] = Dropout(hashed, self.rate)
+        return Scores(scale=self.d**-0.5, **given)
 
     def inputs(self, dtype: Any, seed: int = 0) -> "Inputs":
         rng = np.random.default_rng(seed)
@@ -56,8 +60,53 @@ class Case:
             limits += [np.sort(rng.integers(0, 3, (self.n, one))) for one in (q, k)]
         sinks = rng.normal(size=h).astype(np.float32) if self.sinks else None
         seen = elements(mask, self.block, self.lengths) & self.visible(limits)
+        own, other = self.coordinates(mask)
+        shape = (*lead, own.shape[1], *self.block)
+        ends = {"rows": (*shape[:4], 1), "columns": (*shape[:3], 1, shape[4]), "all": shape}
+        arrays = [rng.random(ends[kind]) < 0.8 for kind in self.masks]
+        for one in arrays:
+            seen = seen & self.everywhere(one, own, other)
+        numbers = rng.normal(size=shape[:3]).astype(np.float32) if self.numbers else None
+        bias, drop = np.zeros(seen.shape), np.float64(1)
+        if numbers is not None:
+            blocks = np.broadcast_to(numbers[..., None, None], shape)
+            bias = self.everywhere(blocks, own, other)
+        if (function := self.spec.bias) is not None:
+            at = np.arange(q)[:, None], np.arange(k)[None]
+            bias = bias + np.stack([np.asarray(function(jnp.int32(i), *at)) for i in range(h)])
         limits = [jnp.asarray(a, jnp.int32) for a in limits]
-        return Inputs(q_, k_, v_, dy, mask, limits, sinks, seen)
+        both = [limits + [words(a.swapaxes(3, 4) if i else a) for a in arrays] for i in range(2)]
+        for one in both:
+            one.extend([jnp.asarray(numbers)] if self.numbers else [])
+        if self.rate:
+            seeds = dropout.seeds(jax.random.key(seed), self.n, h)
+            of_queries = dropout.words(
+                seeds[:, :, None], jnp.arange(q, dtype=jnp.int32)[None, None]
+            )
+            drop = kept(seeds, q, k, self.rate)
+            for one in both:
+                one.append(jnp.stack(of_queries))
+        pairs = own, other
+        return Inputs(q_, k_, v_, dy, mask, limits, both, sinks, seen, pairs, bias, drop)
+
+    def coordinates(self, mask: Any) -> tuple[Any, Any]:
+        """`[lists, e]`, in an order that is not that of the lists, with spare slots."""
+        r, c = self.blocks
+        each = [np.argwhere(one)[::-1] for one in mask.reshape(-1, r, c)]
+        capacity = max(map(len, each)) + 2
+        own, other = (np.full((len(each), capacity), size, np.int32) for size in (r, c))
+        for i, found in enumerate(each):
+            own[i, : len(found)], other[i, : len(found)] = found.T
+        return own, other
+
+    def everywhere(self, a: Any, own: Any, other: Any) -> Any:
+        """An array by slot as `[#n, #h, q, k]`, zeros where nothing is stored."""
+        (r, c), (br, bc), lead = self.blocks, self.block, a.shape[:2]
+        a = np.broadcast_to(a, (*a.shape[:3], br, bc)).reshape(-1, a.shape[2], br, bc)
+        whole = np.zeros((len(a), r + 1, br, c + 1, bc), a.dtype)
+        for i, one in enumerate(a):
+            whole[i, own[i], :, other[i]] = one
+        return whole[:, :r, :, :c].reshape(*lead, r * br, c * bc)
 
     def visible(self, limits: list[Any]) -> Any:
         """`[n or 1, h or 1, q, k]`"""
@@ -85,31 +134,46 @@ class Inputs:
     dy: Any
     mask: Any
     limits: list[Any]
+    arrays: Any  # what scores depend on, for tiles of queries and of keys
     sinks: Any
     seen: Any
+    pairs: Any  # own and other blocks of each slot
+    bias: Any
+    kept: Any
+
+
+def words(mask: Any) -> Any:
+    """A mask by slot as bits of 32 columns each."""
+    if mask.shape[4] == 1:
+        return jnp.asarray(-mask.astype(np.int32).swapaxes(3, 4))
+    packed = np.packbits(mask, axis=-1, bitorder="little").view(np.int32)
+    return jnp.asarray(packed.swapaxes(3, 4))
 
 
 def configs(case: Case, workers: int, **changes: Any) -> tuple[Any, Any, Any]:
     """Of the three kernels, as the heuristic has it, but for the `changes`."""
     shared = case.heads[0] // case.heads[1] if case.lists == "one" else 1
+    crowds = {"everywhere": case.spec.everywhere, "apart": case.spec.apart}
     chosen = (
         attention_config.for_forward(case.d, case.block, shared=shared, workers=workers),
-        attention_config.for_dq(case.d, case.block, shared=shared, workers=workers),
+        attention_config.for_dq(case.d, case.block, shared=shared, **crowds, workers=workers),
         attention_config.for_dkv(case.d, case.block, crowded=case.spec.crowded, workers=workers),
     )
     return tuple(dataclasses.replace(one, **changes) for one in chosen)  # pyright: ignore
 
 
 def kernels(case: Case, workers: int, **changes: Any) -> Callable[..., tuple[Any, ...]]:
-    """(q, k, v, dy, sinks, own, other, partial, limits) to (y, lse, dq, dk, dv)."""
+    """(q, k, v, dy, sinks, own, other, partial, arrays) to (y, lse, dq, dk, dv), and what the
+    gradient of numbers by slot is the sum of."""
     forward, dq, dkv = configs(case, workers, **changes)
     (h, g), (r, c), block = case.heads, case.blocks, case.block
 
     order = functools.partial(attention_lists.order, n=case.n, queries=h)
 
-    def run(q, k, v, dy, sinks, own, other, partial, limits):
-        rows = attention_lists.of_pattern(own, other, partial, (r, c))
-        columns = attention_lists.of_pattern(other, own, partial, (c, r))
+    def run(q, k, v, dy, sinks, own, other, partial, arrays):
+        slots, (limits, flipped) = case.spec.by_slot, arrays
+        rows = attention_lists.of_pattern(own, other, partial, (r, c), slots=slots)
+        columns = attention_lists.of_pattern(other, own, partial, (c, r), slots=slots)
         options = {"block": block}
         queries = order(rows, forward, heads=h, side=block[0])
         y, lse = attention.forward(
@@ -119,26 +183,23 @@ def kernels(case: Case, workers: int, **changes: Any) -> Callable[..., tuple[Any
         saved = (q, k, v, dy, attention_gradients.exponent(lse), delta)
         queries = order(rows, dq, heads=h, side=block[0])
         keys = order(columns, dkv, heads=g, side=block[1])
-        got = attention_gradients.dq(*saved, rows, queries, dq, case.spec, *limits, **options)
-        both = attention_gradients.dkv(*saved, columns, keys, dkv, case.spec, *limits, **options)
-        return y, lse, got, *both
+        got, *sums = attention_gradients.dq(
+            *saved, rows, queries, dq, case.spec, *limits, **options
+        )
+        both = attention_gradients.dkv(*saved, columns, keys, dkv, case.spec, *flipped, **options)
+        return y, lse, got, *both, *sums
 
     return run
 
 
 def arguments(case: Case, inputs: Inputs) -> tuple[Any, ...]:
-    """Of what `kernels` returns; the lists have spare slots."""
+    """Of what `kernels` returns."""
     r, c = case.blocks
     whole = case.visible(inputs.limits).reshape(-1, r, case.block[0], c, case.block[1])
-    mask, full = inputs.mask.reshape(-1, r, c), whole.all((0, 2, 4))
-    capacity = int(mask.sum((1, 2)).max()) + 2
-    own, other = (np.full((len(mask), capacity), size, np.int32) for size in (r, c))
-    for i, one in enumerate(mask):
-        found = np.nonzero(one)
-        own[i, : len(found[0])], other[i, : len(found[0])] = found
+    (own, other), full = inputs.pairs, whole.all((0, 2, 4)) & (not case.masks)
     partial = ~np.pad(full, ((0, 1), (0, 1)))[own, other]
     arrays = (inputs.q, inputs.k, inputs.v, inputs.dy, inputs.sinks, own, other, partial)
-    return (*arrays, inputs.limits)
+    return (*arrays, inputs.arrays)
 
 
 def conforms(case: Case, inputs: Inputs, got: tuple[Any, ...]) -> None:
@@ -150,15 +211,17 @@ def conforms(case: Case, inputs: Inputs, got: tuple[Any, ...]) -> None:
     """
     q, k, v, dy = (np.asarray(a, np.float64) for a in (inputs.q, inputs.k, inputs.v, inputs.dy))
     options = {"scale": case.spec.scale, "softcap": case.spec.softcap}
-    want = oracle(q, k, v, dy, inputs.seen, sinks=inputs.sinks, **options)
+    more = {"bias": inputs.bias, "kept": inputs.kept}
+    want = oracle(q, k, v, dy, inputs.seen, sinks=inputs.sinks, **more, **options)
     half = float(jnp.finfo(inputs.q.dtype).eps) / 2
     least = 4 * float(jnp.finfo(jnp.float32).eps) * (case.d + case.lengths[1])
     group, (g, d) = case.heads[0] // case.heads[1], k.shape[2:]
     keys, values = (np.repeat(a, group, 2) for a in (k, v))
     weights, slope, lse = softmax(case, inputs, q, keys)
-    y = np.einsum("nhqk,nkhd->nqhd", weights, np.abs(values))
+    thinned = weights * inputs.kept
+    y = np.einsum("nhqk,nkhd->nqhd", thinned, np.abs(values))
     off = (np.abs(dy) * 2 * half * y).sum(3).swapaxes(1, 2)[..., None]
-    gradient = np.einsum("nqhd,nkhd->nhqk", dy, values)
+    gradient = inputs.kept * np.einsum("nqhd,nkhd->nhqk", dy, values)
     gradient = gradient - (weights * gradient).sum(3, keepdims=True)
     scores = weights * (half * np.abs(gradient) + off) * slope * abs(case.spec.scale)
 
@@ -170,16 +233,41 @@ def conforms(case: Case, inputs: Inputs, got: tuple[Any, ...]) -> None:
         np.zeros(lse.shape),
         np.einsum("nhqk,nkhd->nqhd", scores, np.abs(keys)) + half * np.abs(want.q),
         shared(np.einsum("nhqk,nqhd->nkhd", scores, np.abs(q))) + half * np.abs(want.k),
-        shared(np.einsum("nhqk,nqhd->nkhd", half * weights, np.abs(dy))) + half * np.abs(want.v),
+        shared(np.einsum("nhqk,nqhd->nkhd", half * thinned, np.abs(dy))) + half * np.abs(want.v),
     )
     names, wanted = ("y", "lse", "dq", "dk", "dv"), (want.out, lse, want.q, want.k, want.v)
+    if case.numbers:
+        spread = weights * (np.abs(gradient) + 1)
+        sums = [by_slot(case, inputs, a) for a in (want.bias, weights * off, least * spread)]
+        got = (*got[:-1], needed(inputs, got[-1]))
+        names, wanted, allowed = (*names, "dnumbers"), (*wanted, sums[0]), (*allowed, sum(sums[1:]))
     for name, one, right, most in zip(names, got, wanted, allowed, strict=True):
-        assert one.dtype == (jnp.float32 if name == "lse" else inputs.q.dtype)
+        assert one.dtype == (jnp.float32 if name in ("lse", "dnumbers") else inputs.q.dtype)
         one = np.asarray(one, np.float64)
         same = one == right  # infinities
         off = np.where(same, 0, np.abs(np.where(same, 0, one) - np.where(same, 0, right)))
         assert not np.isnan(one).any(), name
         assert (off <= most + least).all(), (name, off.max(), (off / (most + least)).max())
+
+
+def by_slot(case: Case, inputs: Inputs, scores: Any) -> Any:
+    """Sums of `[n, h, q, k]` over the stored blocks: `[n, h, e]`, zeros in spare slots."""
+    (r, c), (br, bc), (own, other) = case.blocks, case.block, inputs.pairs
+    blocks = scores.reshape(*scores.shape[:2], r, br, c, bc).sum((3, 5))
+    blocks = np.pad(blocks, ((0, 0), (0, 0), (0, 1), (0, 1)))
+    n, h = blocks.shape[:2]
+    at = {1: lambda i, j: 0, h: lambda i, j: j, n * h: lambda i, j: i * h + j}[len(own)]
+    each = [[blocks[i, j][own[at(i, j)], other[at(i, j)]] for j in range(h)] for i in range(n)]
+    return np.array(each)
+
+
+def needed(inputs: Inputs, sums: Any) -> Any:
+    """Those of stored blocks, added up: others are not written."""
+    own, (n, h) = inputs.pairs[0], sums.shape[:2]
+    stored = own < own.max()  # every list has a spare slot
+    lead = {1: (1, 1), h: (1, h), n * h: (n, h)}[len(own)]
+    stored = stored.reshape(*lead, -1)[..., None, None]
+    return np.where(stored, np.asarray(sums), 0).sum((3, 4), dtype=np.float32)
 
 
 def softmax(case: Case, inputs: Inputs, q: Any, keys: Any) -> tuple[Any, Any, Any]:
@@ -189,7 +277,7 @@ def softmax(case: Case, inputs: Inputs, q: Any, keys: Any) -> tuple[Any, Any, An
     if cap is not None:
         s = cap * np.tanh(s / cap)
         slope = 1 - (s / cap) ** 2
-    s = np.where(inputs.seen, s, -np.inf)
+    s = np.where(inputs.seen, s + inputs.bias, -np.inf)
     sinks = -np.inf if inputs.sinks is None else inputs.sinks[:, None, None]
     both = np.concatenate([s, np.broadcast_to(sinks, (*s.shape[:3], 1))], axis=3)
     top = both.max(3, keepdims=True)
@@ -198,30 +286,6 @@ def softmax(case: Case, inputs: Inputs, q: Any, keys: Any) -> tuple[Any, Any, An
     with np.errstate(divide="ignore"):
         lse = (top + np.log(total))[..., 0]
     return np.exp(s - top) / np.where(total == 0, 1, total), slope, lse
-
-
-CASES = {
-    "causal, shared heads": Case(heads=(2, 1), blocks=(3, 3), scores=CAUSAL, sinks=True),
-    "large blocks, per head": Case(
-        blocks=(2, 2), block=(128, 128), d=128, lists="head", scores={"softcap": 3.0}
-    ),
-    "segments, per element": Case(
-        n=2, blocks=(2, 3), block=(64, 128), lists="element", scores=SEGMENTS
-    ),
-    "split, ragged keys": Case(
-        heads=(2, 1), blocks=(2, 2), d=192, scores={"keys": 100, "mask": BEFORE}
-    ),
-}
-MORE = {
-    "heads of 32": Case(blocks=(2, 3), block=(128, 64), d=32, scores=CAUSAL),
-    "heads of 96": Case(blocks=(3, 2), block=(64, 128), d=96, scores=CAUSAL, sinks=True),
-    "heads of 256": Case(blocks=(2, 2), block=(128, 64), d=256, scores=CAUSAL),
-    "blocks of 192 x 256": Case(blocks=(3, 2), block=(192, 256), scores=CAUSAL),
-    "negative scale": Case(scores={"softcap": 2.0, "mask": lambda head, q, k: (q + k) % 3 != head}),
-    "many batch elements": Case(n=3, heads=(6, 2), blocks=(4, 4), d=128, scores=SEGMENTS),
-    "dense": Case(density=1.0, blocks=(4, 4)),
-    "nothing but the first": Case(density=0.0, sinks=True),
-}
 
 
 @functools.cache

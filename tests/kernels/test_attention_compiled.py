@@ -11,7 +11,8 @@ import pytest
 import bsjax
 from bsjax import masks
 from tests.kernels import h200
-from tests.kernels.attention import CAUSAL, SEGMENTS, Case, kernels
+from tests.kernels.attention import Case, kernels
+from tests.kernels.attention_cases import ALIBI, CAUSAL, SEGMENTS
 from tests.kernels.test_compiled import toolchain  # noqa: F401
 
 pytestmark = pytest.mark.h200
@@ -45,6 +46,17 @@ def variants():
     everything = {"scores": EVERYTHING, "sinks": True, "lists": "element"}
     yield pytest.param(case(**everything), f16, id="everything")
     yield pytest.param(case(d=64, scores=STRIDED), bf16, id="strided", marks=pytest.mark.slow)
+    features = {
+        "dropout": {"rate": 0.1},
+        "masks by slot": {"masks": ("rows", "columns", "all"), "lists": "element"},
+        "bias": {"scores": {**CAUSAL, "bias": ALIBI}},
+        "numbers by slot": {"numbers": True},
+    }
+    quick = {(64, "masks by slot"), (128, "dropout")}
+    for d in (64, 128):
+        for name, options in features.items():
+            one, marks = case(d=d, **options), () if (d, name) in quick else pytest.mark.slow
+            yield pytest.param(one, bf16, id=f"heads of {d}, {name}", marks=marks)
     shapes = [((64, 64), (8, 8)), ((64, 128), (8, 2)), ((128, 128), (8, 2))]
     for d in (32, 64, 96, 128, 192, 256):
         for block, heads in shapes:
@@ -93,6 +105,9 @@ def compiled(case, dtype):
     e = round(0.1 * case.blocks[0] * case.blocks[1])
     lists = {"one": 1, "head": h, "element": case.n * h}[case.lists]
     limits = [(case.n,)] * case.spec.lengths + [(case.n, q), (case.n, k)] * case.spec.segments
+    br, bc = case.block
+    ends = {"rows": (1, br), "columns": (bc // 32, 1), "all": (bc // 32, br)}
+    flipped = {"rows": (br // 32, 1), "columns": (1, bc), "all": (br // 32, bc)}
 
     def given(shape, dtype):
         return h200.argument(place, shape, dtype)
@@ -103,7 +118,13 @@ def compiled(case, dtype):
     ]
     args += [args[0], given((h,), jnp.float32) if case.sinks else None]
     args += [given((lists, e), kind) for kind in (i32, i32, jnp.bool_)]
-    args.append([given(shape, i32) for shape in limits])
+    args.append([])
+    for of_words in (ends, flipped):
+        shapes = limits + [(case.n, h, e, *of_words[kind]) for kind in case.masks]
+        arrays = [given(shape, i32) for shape in shapes]
+        arrays += [given((case.n, h, e), jnp.float32)] * case.numbers
+        arrays += [given((2, case.n, h, q), i32)] * (case.rate > 0)
+        args[-1].append(arrays)
     _, found = h200.compiled(kernels(case, 132), *args)
     assert max(h200.shared_memory()) <= 232_448
     return found

@@ -7,7 +7,8 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import attention_config, attention_lists
-from tests.kernels.attention import CASES, MORE, arguments, compiled, conforms
+from tests.kernels.attention import arguments, compiled, conforms
+from tests.kernels.attention_cases import CASES, FEATURES, MORE, MORE_FEATURES
 
 pytestmark = pytest.mark.interpreted
 bf16, f16 = jnp.bfloat16, jnp.float16
@@ -27,10 +28,15 @@ def test_attention_and_its_gradients(name):
     run(CASES[name])
 
 
+@pytest.mark.parametrize("name", FEATURES)
+def test_what_is_added_masked_and_dropped(name):
+    run(FEATURES[name])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MORE)
+@pytest.mark.parametrize("name", [*MORE, *MORE_FEATURES])
 def test_more(name):
-    run(MORE[name])
+    run({**MORE, **MORE_FEATURES}[name])
 
 
 @pytest.mark.slow
@@ -90,7 +96,9 @@ def test_configurations_fit_in_shared_memory():
                 for one in (
                     attention_config.for_forward(d, block, shared=shared),
                     attention_config.for_dq(d, block, shared=shared),
+                    attention_config.for_dq(d, block, shared=shared, everywhere=True, apart=True),
                     attention_config.for_dkv(d, block),
+                    attention_config.for_dkv(d, block, crowded=True),
                 ):
                     assert one.stages >= 2, (d, block, one)
                     assert one.slots >= 1

@@ -61,6 +61,25 @@ def oracle(q, k, v, dout, seen, *, bias=0.0, sinks=None, scale=None, softcap=Non
     return grads
 
 
+def kept(seeds, queries, keys, rate):
+    """`[n, h, q, s]`: what dropout multiplies by. The hash of `_attention_dropout`, in Python's own
+    whole numbers, from the seeds of each batch element and head `[n, h, 2]`."""
+    a, b, wrap = 0x21F0AAAD, 0xD35A2D97, 2**32 - 1
+
+    def mixed(x):
+        x = (x ^ x >> 16) * a & wrap
+        x = (x ^ x >> 15) * b & wrap
+        return x ^ x >> 15
+
+    seeds = np.asarray(seeds).astype(np.int64) & wrap
+    query, key = np.arange(queries), np.arange(keys)
+    first, second = (mixed(query ^ seeds[..., i, None])[..., None] for i in (0, 1))
+    x = (key * 0x9E3779B9 & wrap) + first & wrap
+    x = (x ^ x >> 16) * a + second & wrap
+    signed = (x ^ x >> 15) * b + 2**31 & wrap  # as the bits of signed numbers are ordered
+    return (signed >= round(rate * 2**32)).astype(float) / (1 - rate)
+
+
 def elements(mask, block, lengths):
     """A mask of blocks `[..., r, c]` as one of elements `[..., q, s]`."""
     whole = np.repeat(np.repeat(np.asarray(mask), block[0], -2), block[1], -1)

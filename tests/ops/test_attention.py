@@ -9,8 +9,9 @@ import pytest
 
 import bsjax
 from bsjax import masks
+from bsjax.ops._attention_dropout import seeds
 from tests.helpers import assert_close, normal, slow
-from tests.ops.attention import elements, oracle
+from tests.ops.attention import elements, kept, oracle
 
 pytestmark = pytest.mark.usefixtures("quick_compilations")
 N, Q, S, H, G, D, F = 2, 37, 50, 4, 2, 24, 20
@@ -145,13 +146,8 @@ def test_every_argument_at_once(by_table, implementation):
         blocks = np.zeros((H, GRID[0] + 1, GRID[1] + 1, *BLOCK))
         blocks[:, row, col] = np.asarray(bias)
         dense = blocks[:, :-1, :-1].swapaxes(2, 3).reshape(H, 40, 64)[:, :Q, :S]
-    kept = np.zeros((N, H, Q, S))
-    for n, h, i, j in np.ndindex(N, H, *GRID):  # the key of a block does not depend on its slot
-        one = jax.random.fold_in(jax.random.fold_in(key, n * H + h), i * GRID[1] + j)
-        block = np.asarray(jax.random.bernoulli(one, 0.75, BLOCK)) / 0.75
-        at = kept[n, h, 8 * i : 8 * i + 8, 16 * j : 16 * j + 16]
-        at[:] = block[: at.shape[0], : at.shape[1]]
-    want = oracle(q, k, v, dout, seen, bias=dense, sinks=sinks, scale=0.3, softcap=1.5, kept=kept)
+    drop = kept(seeds(key, N, H), Q, S, 0.25)
+    want = oracle(q, k, v, dout, seen, bias=dense, sinks=sinks, scale=0.3, softcap=1.5, kept=drop)
     if by_table:
         dtable = np.zeros(table.shape)
         for h in range(H):

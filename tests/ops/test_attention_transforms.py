@@ -258,10 +258,10 @@ def test_what_auto_runs():
         shape = jax.ShapeDtypeStruct((1, s, 8, 64), jnp.float32)
         row = jax.ShapeDtypeStruct((1, 1, round(density * (s // b) ** 2)), jnp.int32)
         x = Operands(shape, shape, shape, None, [], None)
-        p = Fixed(row, row, None, [], [], [], None, None, None, None, None)
+        p = Fixed(row, row, None, [], [], [], None, None, None, None)
         spec = Spec(
             name="auto", grid=(s // b, s // b), block=(b, b), lengths=(s, s), scale=1.0,
-            softcap=None, dropout_rate=0.0, key_impl=None, masks=(), bias=None,
+            softcap=None, dropout_rate=0.0, masks=(), bias=None,
         )  # fmt: skip
         with unchecked():  # shapes in the place of arrays
             return choose.fastest(spec, x, p, platform)
