@@ -32,14 +32,14 @@ FEATURES = {
     "masks by slot": Case(
         blocks=(2, 2), block=(64, 128), lists="head", masks=("rows", "columns", "all")
     ),
-    "numbers by slot": Case(
-        blocks=(2, 2), block=(128, 64), lists="head", numbers=True, scores={"softcap": 4.0}
-    ),
 }
 ALL = {"bias": ALIBI, "mask": CAUSAL["mask"], **SEGMENTS}
 MORE_FEATURES = {
     "dropout alone": Case(heads=(2, 1), blocks=(2, 2), rate=0.3, sinks=True, scores=CAUSAL),
     "bias alone": Case(blocks=(2, 2), scores={"bias": ALIBI}),
+    "numbers by slot": Case(
+        blocks=(2, 2), block=(128, 64), lists="head", numbers=True, scores={"softcap": 4.0}
+    ),
     "all at once": Case(
         n=2,
         heads=(4, 2),

@@ -67,6 +67,7 @@ def close(got, *args, **options):
         assert np.abs(off).max() <= 4 * eps * np.abs(np.asarray(w)).max()
 
 
+@pytest.mark.slow
 def test_everything_at_once():
     """Ragged lengths, shared heads, two masks, lengths, segments, sinks, softcap; a spare slot."""
     mask = (masks.causal(50), lambda head, q, k: (q + k) % 7 != head)

@@ -68,6 +68,7 @@ def test_everything_at_once(transpose):
     close(HUB, run(HUB, "mosaic", **which), run(HUB, "reference", **which))
 
 
+@pytest.mark.slow
 def test_residual_alone_in_float16():
     which = {"residual": True, "dtype": jnp.float16}
     close(HUB, run(HUB, "mosaic", **which), run(HUB, "reference", **which))

@@ -67,9 +67,11 @@ def conforms(case, dtype=jnp.bfloat16, *, transpose=False):
     assert not np.any(np.asarray(got[2][inputs.p.nnz :]))  # spare slots receive zeros
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_matmul_and_its_derivatives(case):
-    conforms(case)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "tall" else ()) for name in CASES]
+)
+def test_matmul_and_its_derivatives(name):
+    conforms(CASES[name])
 
 
 @pytest.mark.parametrize("name", ["hub, spare", "wide"])

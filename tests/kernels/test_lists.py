@@ -70,7 +70,7 @@ def check(steps, want, columns):
         assert found == part
 
 
-@hypothesis.settings(max_examples=40)
+@hypothesis.settings(max_examples=20)
 @hypothesis.given(st.sampled_from(SHAPES), st.sampled_from([1, 2, 4]), st.integers(0, 2**31))
 def test_every_stored_block_once(shape, columns, seed):
     rng = np.random.default_rng(seed)

@@ -223,7 +223,13 @@ def test_weights_of_few_tokens_rotate():
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize(
+    "operation",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "matmul transposed" else ())
+        for name in OPERATIONS
+    ],
+)
 def test_the_tuner_runs_the_kernels_as_the_library_does(operation):
     """And what it compares with is right: the kernel agrees with it."""
     problem = dataclasses.replace(SMALL, operation=operation)

@@ -12,6 +12,7 @@ from pallas_kernels._workers import WHOLE
 LENGTHS = st.lists(st.integers(0, 7), min_size=4, max_size=4)  # shapes compile, so they are few
 
 
+@hypothesis.settings(max_examples=40)  # an example compiles
 @hypothesis.given(LENGTHS, st.sampled_from([1, 2, 5]), st.sampled_from([1, 3, 14]), st.booleans())
 def test_all_steps_of_all_tiles(lengths, tiles, workers, split):
     steps = np.array(lengths) + 1  # one more, to write
@@ -57,6 +58,7 @@ def test_a_share_is_walked_from_the_first_tokens_on():
     assert np.all(spans[1::2, 3] == WHOLE)  # late ones end where a column does
 
 
+@hypothesis.settings(max_examples=30)
 @hypothesis.given(LENGTHS, st.sampled_from([1, 3]), st.integers(0, 2))
 def test_groups(lengths, most, spare):
     ptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)

@@ -42,7 +42,11 @@ def ready(size):
 
 
 @pytest.mark.parametrize(
-    ("size", "sides"), [(COLOR, (4, 4)), (GREY, (3, 5))], ids=["sparse color", "dense grey"]
+    ("size", "sides"),
+    [
+        pytest.param(COLOR, (4, 4), id="sparse color"),
+        pytest.param(GREY, (3, 5), id="dense grey", marks=pytest.mark.slow),
+    ],
 )
 def test_a_pixel_sees_the_ones_before_it_and_no_other(size, sides):
     """Bitwise: also not in the padding, in the smaller images, or in what is spread from them."""
