@@ -6,6 +6,8 @@
 
 PYTHON ?=
 ARGS ?=
+# a file stays on one worker, which runs what its tests share once
+SPREAD = -n 2 --dist loadfile
 QUICK = not slow and not gpu and not h200
 
 # kernels are compiled for an H200 by compilers that PyPI has for Linux only
@@ -37,13 +39,13 @@ bench: ## time the products against dense ones, in every regime
 	@.venv/bin/python -m benchmarks.matmul $(ARGS)
 
 test: lint environment-h200 ## format, lint, types, import contracts, the quick tests, H200 code
-	.venv/bin/python -m pytest -n 2 -m "$(QUICK)" $(ARGS)
+	.venv/bin/python -m pytest $(SPREAD) -m "$(QUICK)" $(ARGS)
 	$(call COMPILE,.venv-h200) -m "h200 and not slow"
 
 test-all: lint environment-h200 environment-oldest ## every test, and the quick ones with the oldest JAX
-	.venv/bin/python -m pytest -n 2 -m "not h200" $(ARGS)
+	.venv/bin/python -m pytest $(SPREAD) -m "not h200" $(ARGS)
 	$(call COMPILE,.venv-h200) -m h200
-	.venv-oldest/bin/python -m pytest -n 2 -m "$(QUICK)" $(ARGS)
+	.venv-oldest/bin/python -m pytest $(SPREAD) -m "$(QUICK)" $(ARGS)
 	$(call COMPILE,.venv-h200-oldest) -m h200
 
 lint: environment ## format, lint, types and import contracts only

@@ -145,7 +145,9 @@ def pattern():
     return bsjax.BlockPattern.from_mask(mask, 64)
 
 
-@pytest.mark.parametrize("how", ["automatic axes", "explicit axes", "shard_map"])
+@pytest.mark.parametrize(
+    "how", ["automatic axes", pytest.param("explicit axes", marks=pytest.mark.slow), "shard_map"]
+)
 def test_tokens_stay_on_their_devices(how, pattern, monkeypatch):
     monkeypatch.setattr(_mosaic, "several_gpus", lambda: True)
     axes = AxisType.Explicit if how == "explicit axes" else AxisType.Auto
