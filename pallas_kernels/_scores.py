@@ -25,9 +25,10 @@ class Dropout(NamedTuple):
 
 
 class Data(NamedTuple):
-    """Arrays in global memory that scores depend on, as far as there are: `arrays` are masks by
-    slot, `numbers` a bias of each slot, `words` those of a dropout."""
+    """Arrays in global memory that scores depend on, as far as there are: `slots` are those of the
+    lists, `arrays` masks by slot, `numbers` a bias of each slot, `words` those of a dropout."""
 
+    slots: Any = None
     lengths: Any = None
     segments: Any = None  # of queries and of keys
     arrays: Any = ()
@@ -134,10 +135,11 @@ class Scores:
         def take(yes: bool) -> Any:
             return left.pop(0) if yes else None
 
-        lengths = take(self.lengths)
+        slots, lengths = take(self.by_slot), take(self.lengths)
         segments = (take(True), take(True)) if self.segments else None
         masks = tuple(take(True) for _ in range(self.arrays))
-        return Data(lengths, segments, masks, take(self.numbers), take(self.dropout is not None))
+        numbers, words = take(self.numbers), take(self.dropout is not None)
+        return Data(slots, lengths, segments, masks, numbers, words)
 
 
 def _tanh(x: Array) -> Array:

@@ -85,7 +85,6 @@ def launched(config: Config) -> dict[str, Any]:
 def _forward(q, k, v, ptr, other, order, *rest, config: Config, scores: Scores, block, sinks: bool):
     *rest, out, lse = rest
     sink = rest.pop() if sinks else None
-    slots = rest.pop(0) if scores.by_slot else None
     data = scores.data(rest)
     _, length, h, d = q.shape
     step, many = config.step, config.warpgroups
@@ -94,7 +93,7 @@ def _forward(q, k, v, ptr, other, order, *rest, config: Config, scores: Scores, 
         order=order,
         ptr=ptr,
         other=other,
-        slots=slots,
+        slots=data.slots,
         heads=h,
         shape=(h, length),
         sides=block,

@@ -91,15 +91,14 @@ def dkv(
 def _dq(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, scores: Scores, block):
     rest = list(rest)
     dnumbers = rest.pop() if scores.numbers else None
-    out, slots = rest.pop(), rest.pop(0) if scores.by_slot else None
-    data = scores.data(rest)
+    out, data = rest.pop(), scores.data(rest)
     _, length, h, d = q.shape
     walk = _tiles.Walk(
         config=config,
         order=order,
         ptr=ptr,
         other=other,
-        slots=slots,
+        slots=data.slots,
         heads=h,
         shape=(h, length),
         sides=block,
@@ -177,7 +176,6 @@ def _dq(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, scor
 
 def _dkv(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, scores: Scores, block):
     *rest, dk, dv = rest
-    by_slot = rest.pop(0) if scores.by_slot else None
     data = scores.data(rest)
     _, length, g, d = k.shape
     walk = _tiles.Walk(
@@ -185,7 +183,7 @@ def _dkv(q, k, v, dy, log2, delta, ptr, other, order, *rest, config: Config, sco
         order=order,
         ptr=ptr,
         other=other,
-        slots=by_slot,
+        slots=data.slots,
         heads=q.shape[2],
         shape=(g, length),
         sides=block[::-1],
