@@ -91,6 +91,37 @@ def _bordered(x: Array, window: Any, padding: Any, dilation: Any) -> tuple[Array
     return x, ((reach[0], 0),)
 
 
+def check_foldable(layer: Any, norm: Any, layers: tuple[type, ...], batch_norm: type) -> None:
+    """Raises for anything but one of these layers, and the normalisation of its channels."""
+    op = "fold_batch_norm"
+    if isinstance(layer, batch_norm):
+        raise TypeError(
+            f"{op}: `layer` is a BatchNorm: only a convolution followed by its normalisation can "
+            "be folded, fold_batch_norm(conv, norm) for norm(conv(x))."
+        )
+    if not isinstance(layer, layers):
+        raise TypeError(
+            f"{op}: `layer` must be a BlockConv or a BlockLinear, got {type(layer).__name__}."
+        )
+    if not isinstance(norm, batch_norm):
+        raise TypeError(f"{op}: `norm` must be a BatchNorm, got {type(norm).__name__}.")
+    axis: Any = vars(norm)["axis"]
+    if axis not in (-1, (-1,)):
+        raise ValueError(
+            f"{op}: `norm` normalises axis {axis}, but the channels out of a layer are the last "
+            "axis: expected axis=-1."
+        )
+
+
+def check_normalised(out_features: int, normalised: int) -> None:
+    """Raises where a normalisation is not that of the layer."""
+    if normalised != out_features:
+        raise ValueError(
+            f"fold_batch_norm: `norm` has {normalised} features, but `layer` has {out_features} "
+            "out: give the normalisation that follows the layer."
+        )
+
+
 def folded(
     values: Float[Array, "e ..."],
     bias: Float[Array, " m"] | None,

@@ -3,6 +3,7 @@
 import bsjax._serialization  # noqa: F401 - registers BlockPattern with flax.serialization
 from bsjax.linen._attention import BlockAttention as BlockAttention
 from bsjax.linen._conv import BlockConv as BlockConv
+from bsjax.linen._conv import fold_batch_norm as fold_batch_norm
 from bsjax.linen._convert import from_nnx as from_nnx
 from bsjax.linen._convert import to_nnx as to_nnx
 from bsjax.linen._linear import BlockLinear as BlockLinear
@@ -27,6 +28,7 @@ __all__ = [
     "LearnedPositions",
     "SampledLinear",
     "SmallWorldLSTMCell",
+    "fold_batch_norm",
     "from_nnx",
     "to_nnx",
 ]

@@ -1,13 +1,18 @@
-"""`BlockConv` for Flax Linen."""
+"""`BlockConv` for Flax Linen, and batch normalisation that is folded into it."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 from bsjax import _conv_layer
 from bsjax.linen._block import BlockLayer
+from bsjax.linen._linear import BlockLinear
+from bsjax.pattern import BlockPattern
 
 
 class BlockConv(BlockLayer):
@@ -50,3 +55,43 @@ class BlockConv(BlockLayer):
             activation=activation,
             residual=residual,
         )
+
+
+def fold_batch_norm[L: (BlockConv, BlockLinear)](
+    layer: L, variables: Mapping[str, Any], norm: nn.BatchNorm, norm_variables: Mapping[str, Any]
+) -> tuple[L, dict[str, Any]]:
+    """One layer for inference, and its variables, that does what `norm(layer(x))` does with running
+    averages: `bsjax.nnx.fold_batch_norm` in Linen.
+
+    `variables` are those of the layer alone, `{"params": ..., "patterns": ...}`, and
+    `norm_variables` those of the normalisation, `{"params": ..., "batch_stats": ...}`. The new
+    layer always has a bias.
+    """
+    _conv_layer.check_foldable(layer, norm, (BlockConv, BlockLinear), nn.BatchNorm)
+    params, coordinates = _own("variables", variables, params="values", patterns="col")
+    stats, gains = _own("norm_variables", norm_variables, batch_stats="mean", params=None)
+    _conv_layer.check_normalised(layer.out_features, stats["mean"].shape[-1])
+    p: BlockPattern = layer.pattern
+    values, bias = _conv_layer.folded(
+        params["values"],
+        params.get("bias"),
+        BlockPattern(coordinates["row"], coordinates["col"], p.grid, p.block),
+        stats["mean"],
+        stats["var"],
+        gains.get("scale"),
+        gains.get("bias"),
+        norm.epsilon,
+    )
+    new = {**variables, "params": {"values": values, "bias": bias}}
+    return layer.clone(use_bias=True), new
+
+
+def _own(name: str, variables: Mapping[str, Any], **leaves: str | None) -> list[Any]:
+    """Collections of one layer, each with the leaf that it must have."""
+    for collection, leaf in leaves.items():
+        if leaf is not None and leaf not in variables.get(collection, ()):
+            raise ValueError(
+                f"fold_batch_norm: `{name}` lack {collection}/{leaf}: give the variables of this "
+                "layer alone, a mapping of collections."
+            )
+    return [jax.tree.map(jnp.asarray, variables.get(one, {})) for one in leaves]

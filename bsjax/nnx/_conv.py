@@ -95,28 +95,9 @@ def fold_batch_norm[L: (BlockConv, BlockLinear)](layer: L, norm: nnx.BatchNorm) 
     be folded, since the zeros of the padding are not normalised: a `TypeError`, as is anything else
     in the place of the two; nor can it be where there is an activation between them.
     """
-    op = "fold_batch_norm"
-    if isinstance(layer, nnx.BatchNorm):
-        raise TypeError(
-            f"{op}: `layer` is a BatchNorm: only a convolution followed by its normalisation can "
-            "be folded, fold_batch_norm(conv, norm) for norm(conv(x))."
-        )
-    if not isinstance(layer, BlockConv | BlockLinear):
-        raise TypeError(
-            f"{op}: `layer` must be a BlockConv or a BlockLinear, got {type(layer).__name__}."
-        )
-    if not isinstance(norm, nnx.BatchNorm):
-        raise TypeError(f"{op}: `norm` must be an nnx.BatchNorm, got {type(norm).__name__}.")
-    if norm.axis != -1:
-        raise ValueError(
-            f"{op}: `norm` normalises axis {norm.axis}, but the channels out of a layer are the "
-            "last axis: expected axis=-1."
-        )
-    if norm.num_features != layer.out_features:
-        raise ValueError(
-            f"{op}: `norm` has {norm.num_features} features, but `layer` has "
-            f"{layer.out_features} out: give the normalisation that follows the layer."
-        )
+    kinds = (BlockConv, BlockLinear)
+    _conv_layer.check_foldable(layer, norm, kinds, nnx.BatchNorm)
+    _conv_layer.check_normalised(layer.out_features, norm.num_features)
     bias, scale, offset = (
         None if one is None else one[...] for one in (layer.bias, norm.scale, norm.bias)
     )

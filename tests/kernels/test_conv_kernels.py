@@ -1,5 +1,7 @@
 """Kernels of convolutions in the interpreter, against `lax` with the dense kernel."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import bsjax
 from bsjax.ops import _mosaic
 from bsjax.ops._choose import Problem, fastest
 from pallas_kernels import conv as kernels
+from pallas_kernels.conv_config import for_conv
 from pallas_kernels.windows import Axis, Pairs, reads
 from tests.helpers import assert_close, normal, slow
 from tests.kernels.test_interpreted import interpreted
@@ -110,6 +113,15 @@ def test_every_tile_has_a_place(pixels, band):
     found = {tuple(map(int, one)) for one in zip(*places, strict=True)}
     every = np.ndindex(images, pixels, blocks)
     assert found == set(every)
+
+
+@pytest.mark.parametrize("block", list(itertools.product((16, 32, 64, 128, 256), repeat=2)))
+@pytest.mark.parametrize("strides", [1, 2])
+def test_steps_of_a_strip(block, strides):
+    """No deeper than values are wide: a swizzle of both operands holds all of a row."""
+    strips = kernels.strips(Axis(source=9, target=9 // strides, window=3, stride=strides), False)
+    chosen = for_conv(64, block, 2, strips=strips)
+    assert chosen.pixels == 1 or chosen.depth <= min(block)
 
 
 AXES = [

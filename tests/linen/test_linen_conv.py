@@ -9,7 +9,7 @@ from flax import nnx, serialization
 
 import bsjax.linen
 import bsjax.nnx
-from tests.helpers import normal
+from tests.helpers import assert_close, assert_raises, normal, slow
 
 pytestmark = pytest.mark.usefixtures("quick_compilations")
 MASK = np.array([[1, 0, 1], [1, 1, 0]], bool)
@@ -67,3 +67,66 @@ def test_initialises_and_is_saved():
         variables["params"]
     )
     assert grads["first"]["values"].shape == values.shape
+
+
+def trained(features, **options):
+    """A normalisation and variables of it that are none of 0 and 1."""
+    norm = nn.BatchNorm(use_running_average=True, **options)
+    variables = norm.init(jax.random.key(0), jnp.ones((1, features)))
+    rng = np.random.default_rng(2)
+    return norm, jax.tree.map(lambda a: jnp.exp(normal(rng, a.shape)), variables)
+
+
+@pytest.mark.parametrize(
+    ("layer", "options"),
+    [
+        (bsjax.linen.BlockConv(12, (3, 2), 2, **OPTIONS, use_bias=False), {}),
+        slow(
+            bsjax.linen.BlockConv(
+                10, (3, 3), **OPTIONS, bias_init=jax.nn.initializers.normal(), name="conv"
+            ),
+            {"use_scale": False, "epsilon": 0.1},
+        ),
+        slow(
+            bsjax.linen.BlockLinear(12, pattern=MASK, block=4),
+            {"use_scale": False, "use_bias": False},
+        ),
+    ],
+)
+def test_batch_norm_is_folded(layer, options):
+    variables = layer.init(jax.random.key(1), X)
+    norm, statistics = trained(layer.out_features, **options)
+    want = norm.apply(statistics, layer.apply(variables, X))
+    saved = serialization.from_bytes(variables, serialization.to_bytes(variables))
+    folded, new = bsjax.linen.fold_batch_norm(layer, saved, norm, statistics)
+    assert_close(folded.apply(new, X), np.asarray(want), 8 * 6 * 4)
+    assert folded.use_bias
+    assert set(variables["params"]) == {"values", *(["bias"] if layer.use_bias else [])}
+
+
+def test_what_cannot_be_folded():
+    layer = bsjax.linen.BlockConv(12, (3, 2), 2, **OPTIONS)
+    norm, statistics = trained(12)
+    whole = {"params": {"layer": {}}, "patterns": {"layer": {}}}
+    fold = bsjax.linen.fold_batch_norm
+    for call, error, message in (
+        (
+            lambda: fold(norm, statistics, layer, whole),
+            TypeError,
+            "fold_batch_norm: `layer` is a BatchNorm: only a convolution followed by its "
+            "normalisation can be folded, fold_batch_norm(conv, norm) for norm(conv(x)).",
+        ),
+        (
+            lambda: fold(layer, whole, norm, statistics),
+            ValueError,
+            "fold_batch_norm: `variables` lack params/values: give the variables of this layer "
+            "alone, a mapping of collections.",
+        ),
+        (
+            lambda: fold(layer, layer.init(jax.random.key(0), X), *trained(8)),
+            ValueError,
+            "fold_batch_norm: `norm` has 8 features, but `layer` has 12 out: give the "
+            "normalisation that follows the layer.",
+        ),
+    ):
+        assert_raises(call, error, message)

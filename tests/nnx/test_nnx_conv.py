@@ -180,7 +180,7 @@ def test_what_cannot_be_folded():
         (
             lambda: fold_batch_norm(conv, conv),
             TypeError,
-            "fold_batch_norm: `norm` must be an nnx.BatchNorm, got BlockConv.",
+            "fold_batch_norm: `norm` must be a BatchNorm, got BlockConv.",
         ),
         (
             lambda: fold_batch_norm(lambda x: x, norm),
