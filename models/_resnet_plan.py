@@ -29,7 +29,7 @@ class Size(NamedTuple):
     widths: tuple[int, ...]
     densities: tuple[float, ...] = ()  # stored share of the weights of each stage; (): all
     block: int = 16  # side of a block of channels
-    pattern: str = "balanced"
+    patterns: tuple[str, ...] = ("balanced",)  # of all stages, or of each
     rewired: float = 0.2  # share of the links of "watts_strogatz"
     fraction: float = 1.0  # sampled share of the channels into a convolution of a stage
     sampled_block: int = 1
@@ -122,14 +122,19 @@ def depth(size: Size) -> int:
 
 
 def with_density(size: Size, densities: tuple[float, ...]) -> Size:
-    """One density for all stages, or one for each. Raises `Mistake` for another number of them."""
-    if len(densities) not in (1, len(size.blocks)):
-        raise Mistake(
-            f"--density has {len(densities)} values, but the network {len(size.blocks)} stages: "
-            "give one value, or one for each stage"
-        )
-    every = densities * (len(size.blocks) // len(densities))
+    """Stages that store these shares of their weights."""
+    every = each_stage("--density", densities, size)
     return size._replace(densities=every) if min(every) < 1 else size
+
+
+def each_stage[T](flag: str, values: tuple[T, ...], size: Size) -> tuple[T, ...]:
+    """One value for all stages, or one for each. Raises `Mistake` for another number of them."""
+    if len(values) not in (1, len(size.blocks)):
+        raise Mistake(
+            f"{flag} has {len(values)} values, but the network {len(size.blocks)} stages: give one "
+            "value, or one for each stage"
+        )
+    return values * (len(size.blocks) // len(values))
 
 
 def deeper(size: Size, densities: tuple[float, ...], *, match: bool) -> Size:
@@ -247,14 +252,17 @@ def costs(size: Size, *, side: int = 32, channels: int = 3, classes: int = 10) -
 def masks(size: Size, seed: int) -> Iterator[np.ndarray]:
     """Which blocks each sparse convolution stores, in the order of the network."""
     generator = np.random.default_rng([seed, 1])
-    for residual in (block for stage in stages_of(size) for block in stage):
-        for conv in residual.convs:
-            if conv.stored is not None:
-                yield mask(size, conv.grid, conv.stored, int(generator.integers(2**31)))
+    stages = zip(each_stage("--pattern", size.patterns, size), stages_of(size), strict=True)
+    for pattern, conv in ((p, c) for p, stage in stages for block in stage for c in block.convs):
+        if conv.stored is not None:
+            own = int(generator.integers(2**31))
+            yield mask(pattern, conv.grid, conv.stored, own, rewired=size.rewired)
 
 
-def mask(size: Size, grid: tuple[int, int], stored: int, seed: int) -> np.ndarray:
-    """A bool mask of exactly `stored` blocks.
+def mask(
+    pattern: str, grid: tuple[int, int], stored: int, seed: int, *, rewired: float = 0.2
+) -> np.ndarray:
+    """A bool mask of exactly `stored` blocks, one of `PATTERNS`.
 
     "watts_strogatz" is the densest ring with shortcuts that is not more than that, drawn larger
     where the grid is no square, with blocks at random beside it. "block_diagonal" has the number of
@@ -263,12 +271,12 @@ def mask(size: Size, grid: tuple[int, int], stored: int, seed: int) -> np.ndarra
     or taken away at random.
     """
     r, c = grid
-    if size.pattern == "balanced":
+    if pattern == "balanced":
         return patterns.balanced(grid, stored / (r * c), seed=seed)
     nodes = min(grid)
-    if size.pattern == "watts_strogatz":
+    if pattern == "watts_strogatz":
         links = max(0, (stored * nodes // (r * c) - 1) // 2)
-        ring = patterns.watts_strogatz(nodes, min(links, (nodes - 1) // 2), size.rewired, seed=seed)
+        ring = patterns.watts_strogatz(nodes, min(links, (nodes - 1) // 2), rewired, seed=seed)
         return _exactly(patterns.stretch(ring, grid), stored, seed)
     parts = min(max(round(r * c / stored), 1), nodes)
     shuffled = np.argsort(np.arange(r) % parts, kind="stable")  # 0 2 1 3 for two parts of two

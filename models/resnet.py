@@ -62,7 +62,9 @@ class Config:
         (0.5,), "stored share of the weights, of all stages or of each", above=0, most=1, same=True
     )
     block: int = option(0, "side of a block of channels; 0: 16, of digits 8", least=0, same=True)
-    pattern: str = option("balanced", "which blocks", choices=plan.PATTERNS, same=True)
+    pattern: tuple[str, ...] = option(
+        ("balanced",), "which blocks, in all stages or in each", choices=plan.PATTERNS, same=True
+    )
     rewired: float = option(0.2, "share of links, of watts_strogatz", least=0, most=1, same=True)
     fraction: float = option(
         1.0,
@@ -132,9 +134,10 @@ class Config:
 
 def sizes(config: Config) -> dict[str, Size]:
     """What is trained, by name."""
-    names = ("block", "pattern", "rewired", "fraction", "sampled_block", "dtype")
+    names = ("block", "rewired", "fraction", "sampled_block", "dtype")
     base = plan.named(config.network)
     base = base._replace(**{name: getattr(config, name) for name in names})
+    base = base._replace(patterns=plan.each_stage("--pattern", config.pattern, base))
     sparse = plan.with_density(base, config.density)
     if config.fraction < 1 and (config.double_depth or sparse.densities):
         raise Mistake(

@@ -199,6 +199,10 @@ def test_the_difference_is_by_seed():
 
 MISTAKES = {
     "network": ("--network vgg-16", "--network vgg-16 is not known: give resnet-20"),
+    "pattern": (
+        "--pattern balanced balanced",
+        "--pattern has 2 values, but the network 3 stages",
+    ),
     "density": ("--density 0.5 0.5", "--density has 2 values, but the network 3 stages"),
     "block": ("--block 64", "--block 64 leaves no convolution with enough blocks of channels"),
     "divide": ("--block 6", "--block 6 does not divide the 16 channels into a convolution of st"),

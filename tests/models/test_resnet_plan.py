@@ -153,17 +153,15 @@ GRIDS = {(4, 4): 7, (8, 8): 30, (4, 8): 14, (8, 4): 15, (16, 16): 60, (2, 4): 4}
 @pytest.mark.parametrize("pattern", plan.PATTERNS)
 @pytest.mark.parametrize("grid", GRIDS)
 def test_a_pattern_stores_exactly_as_many_blocks(pattern, grid):
-    size = plan.named("wrn-16-4")._replace(pattern=pattern)
-    mask = plan.mask(size, grid, GRIDS[grid], seed=3)
+    mask = plan.mask(pattern, grid, GRIDS[grid], seed=3)
     assert mask.shape == grid
     assert mask.sum() == GRIDS[grid]
-    np.testing.assert_array_equal(mask, plan.mask(size, grid, GRIDS[grid], seed=3))
+    np.testing.assert_array_equal(mask, plan.mask(pattern, grid, GRIDS[grid], seed=3))
     assert mask.any(0).all()  # no channel out without an input
 
 
 def test_rings_keep_the_diagonal():
-    size = plan.named("wrn-16-4")._replace(pattern="watts_strogatz", rewired=0.0)
-    mask = plan.mask(size, (16, 16), 50, seed=0)
+    mask = plan.mask("watts_strogatz", (16, 16), 50, seed=0, rewired=0.0)
     apart = np.abs(np.arange(16) - np.arange(16)[:, None])
     ring = np.minimum(apart, 16 - apart) <= 1
     assert mask[ring].all()  # 48, and two more anywhere
@@ -171,8 +169,7 @@ def test_rings_keep_the_diagonal():
 
 
 def test_shuffled_parts_read_from_all_parts_of_the_layer_before():
-    size = plan.named("wrn-16-4")._replace(pattern="block_diagonal")
-    mask = plan.mask(size, (8, 8), 32, seed=0).astype(int)
+    mask = plan.mask("block_diagonal", (8, 8), 32, seed=0).astype(int)
     assert np.linalg.matrix_rank(mask) == 2  # two parts, and nothing else
     assert (mask @ mask > 0).all()  # two layers mix all
 
@@ -182,6 +179,15 @@ def test_layers_and_seeds_have_patterns_of_their_own():
     first, other = list(plan.masks(size, 0)), list(plan.masks(size, 1))
     assert len(first) == 5
     assert all((a != b).any() for a, b in zip(first, other, strict=True))
+
+
+def test_a_stage_has_the_pattern_that_it_was_given():
+    size = plan.with_density(plan.named("wrn-10-4"), (0.5,))
+    mixed = size._replace(patterns=("balanced", "block_diagonal", "balanced"))
+    convs = [len(stage[0].convs) for stage in plan.stages_of(size)]
+    stages = [i for i, n in enumerate(convs) for _ in range(n)][-5:]  # the first conv is dense
+    found = zip(stages, plan.masks(size, 0), plan.masks(mixed, 0), strict=True)
+    assert {i for i, one, other in found if (one != other).any()} == {1}
 
 
 # ----------------------------------------------------------------------------------------- mistakes
