@@ -5,13 +5,18 @@
 
 import collections
 import time
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+
+import jax
+import numpy as np
 
 from models import _augment as pictures
 from models import _cli as cli
 from models import _resnet_plan as plan
 from models import _resnet_train as net
 from models._augment import Data
+from models._report import interleaved
 from models._resnet_plan import Size
 from models._train import Checkpoints, CtrlC, Progress, finite
 
@@ -122,3 +127,21 @@ def result(
         "training losses": means,
         "measured": log["measured"],
     }
+
+
+def step_times(config: Any, sizes: Mapping[str, Size], data: Data) -> dict[str, np.ndarray]:
+    """Seconds of training steps of fresh networks on one batch, in rounds."""
+    x, y = (jax.numpy.asarray(a[: config.batch]) for a in data.images.train)
+    training = config.training(config.rounds + 1)
+
+    def stepping(size: Size) -> Callable[[], Any]:
+        graph, state = net.start(size, training, x.shape[-1], CLASSES, config.seed)
+
+        def step() -> Any:
+            nonlocal state
+            state, loss = net.train_step(graph, training, state, data.moments, x, y)
+            return loss
+
+        return step
+
+    return interleaved({name: stepping(size) for name, size in sizes.items()}, config.rounds)

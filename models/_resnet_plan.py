@@ -137,6 +137,11 @@ def each_stage[T](flag: str, values: tuple[T, ...], size: Size) -> tuple[T, ...]
     return values * (len(size.blocks) // len(values))
 
 
+def dense(size: Size) -> Size:
+    """The same layers with all of their weights and channels."""
+    return size._replace(densities=(), fraction=1.0)
+
+
 def deeper(size: Size, densities: tuple[float, ...], *, match: bool) -> Size:
     """Twice as many blocks in each stage, at these densities.
 

@@ -16,9 +16,15 @@ type Results = Mapping[str, Sequence[Mapping[str, Any]]]  # of every seed, by na
 
 
 def report(
-    config: Any, data: str, sizes: Mapping[str, Size], results: Results, where: Mapping[str, Any]
+    config: Any,
+    data: str,
+    sizes: Mapping[str, Size],
+    results: Results,
+    seconds: Mapping[str, np.ndarray],
+    where: Mapping[str, Any],
 ) -> None:
-    """Prints the table and the difference, saves the numbers and the pictures."""
+    """Prints the table and the difference, saves the numbers and the pictures. `seconds` are those
+    of training steps, in rounds."""
     rows = {name: row(found) for name, found in results.items()}
     names = list(rows)
     print(f"{data}.")
@@ -30,13 +36,14 @@ def report(
     for name, found in results.items():
         stored = ", ".join(f"{100 * share:.1f}%" for share in found[0]["stored"])
         print(f"{name}: convolutions of the stages store {stored} of their weights")
-    said = {}
-    if len(names) == 2:
-        said = compare(results, names[0], names[1])
+    said = compare(results, names[0], names[1]) if len(names) == 2 else {}
+    said |= speeds(seconds)
+    if said:
         print("\n".join(said.values()))
     stem = str(config.out / "resnet")
     numbers = {"where": where, "data": data, "flags": fixed(config), "models": rows}
     numbers |= {"said": said, "results": {name: list(found) for name, found in results.items()}}
+    numbers |= {"seconds of steps": {name: list(each) for name, each in seconds.items()}}
     shared.save_json(f"{stem}.json", numbers)
     save_curves(f"{stem}-curves.png", results)
     if found := sheet(sizes, config.seed):
@@ -57,6 +64,18 @@ def row(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "loss": float(np.mean([one["loss"] for one in found])),
         "seconds": float(np.mean([one["seconds"] for one in found])),
     }
+
+
+def speeds(seconds: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """What a training step takes, in words."""
+    said = {
+        f"step, {name}": f"{name}: {1000 * np.median(own):,.0f} ms for a training step"
+        for name, own in seconds.items()
+    }
+    dense = next((name for name in seconds if name.startswith("dense")), "")
+    for name in seconds.keys() - {dense}:
+        said[f"step, {name}"] += f", {shared.ratio(seconds[dense], seconds[name])} as fast as dense"
+    return said
 
 
 WEIGHTS = ("", ", last weights")

@@ -21,7 +21,7 @@ from models import _cli as cli
 from models import _resnet_plan as plan
 from models._augment import WAYS, Augmentation, Data
 from models._cli import Mistake, option
-from models._resnet_bench import Job, settings, train
+from models._resnet_bench import Job, settings, step_times, train
 from models._resnet_plan import Size
 from models._resnet_report import report
 from models._resnet_train import Training
@@ -107,6 +107,9 @@ class Config:
     fold: bool = option(False, "fold normalisations into convolutions to measure", same=True)
     seeds: int = option(1, "networks of each kind", least=1)
     seed: int = option(0, "of the first one", least=0, most=2**31 - 1)
+    rounds: int = option(
+        5, "timed steps of each network, and of the dense one of its shape; 0: none", least=0
+    )
     measure_every: int = option(1, "epochs between measurements", least=1, same=True)
     checkpoint_every: int = option(1, "epochs between checkpoints", least=1)
 
@@ -202,7 +205,12 @@ def main(argv: list[str] | None = None) -> int:
             if not runs.get(key):
                 runs.add(key, found, where)
             results[name].append(found)
-    report(config, data.images.about, contenders, results, where)
+    seconds = {}
+    if config.rounds:
+        alone = list(contenders.values())[-1]
+        beside = {} if "dense" in contenders else {"dense, not trained": plan.dense(alone)}
+        seconds = step_times(config, contenders | beside, data)
+    report(config, data.images.about, contenders, results, seconds, where)
     return 0
 
 

@@ -23,7 +23,7 @@ from tests.models.test_cifar import records, write  # noqa: F401 - a fixture
 
 TINY = shlex.split(
     "--network tiny --block 4 --images 45 --batch 15 --measured 20 --epochs 2 --average 0.5 "
-    "--augment crop cutout --statistics_batches 2"
+    "--augment crop cutout --statistics_batches 2 --rounds 0"
 )
 SMALLEST = ["--network", "resnet-8"]
 STEPS = 6  # of each network: two epochs of three batches
@@ -183,6 +183,19 @@ def test_photographs_by_path(tmp_path, records, monkeypatch):  # noqa: F811
     assert job.size.densities == ()
     assert data.images.train.x.shape == (18, 32, 32, 3)
     np.testing.assert_array_equal(data.fill, data.moments.mean.round())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "name"), [("--double-depth", "twice as deep"), ("--density 0.5", "block-sparse")]
+)
+def test_steps_are_timed_beside_dense_ones(tmp_path, flags, name):
+    code, printed = run_main([*TINY, "--rounds", "2", "--out", str(tmp_path), *flags.split()])
+    assert code == 0
+    assert re.search(rf"{name}: \d+ ms for a training step, \d\.\d\dx \(.*\) as fast as", printed)
+    seconds = json.loads((tmp_path / "resnet.json").read_text())["seconds of steps"]
+    assert len(seconds) == 2
+    assert all(len(each) == 2 for each in seconds.values())
 
 
 def result(accuracy):
