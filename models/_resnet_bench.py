@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 
 from models import _augment as pictures
@@ -131,7 +131,7 @@ def result(
 
 def step_times(config: Any, sizes: Mapping[str, Size], data: Data) -> dict[str, np.ndarray]:
     """Seconds of training steps of fresh networks on one batch, in rounds."""
-    x, y = (jax.numpy.asarray(a[: config.batch]) for a in data.images.train)
+    x, y = (jnp.asarray(a[: config.batch]) for a in data.images.train)
     training = config.training(config.rounds + 1)
 
     def stepping(size: Size) -> Callable[[], Any]:

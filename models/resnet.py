@@ -108,7 +108,7 @@ class Config:
     seeds: int = option(1, "networks of each kind", least=1)
     seed: int = option(0, "of the first one", least=0, most=2**31 - 1)
     rounds: int = option(
-        5, "timed steps of each network, and of the dense one of its shape; 0: none", least=0
+        5, "timed steps of each network, and of a dense one beside it; 0: none", least=0
     )
     measure_every: int = option(1, "epochs between measurements", least=1, same=True)
     checkpoint_every: int = option(1, "epochs between checkpoints", least=1)
