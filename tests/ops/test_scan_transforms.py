@@ -107,7 +107,8 @@ def test_over_a_mesh(kind):
 
 
 def test_memory():
-    """Without a gradient, that of `jax.lax.scan`; with `remat`, less than without, equal bits."""
+    """Without a gradient, that of `jax.lax.scan`; with `remat`, less than without, and equal
+    gradients but for roundings: loops that the compiler fuses anew."""
     w, (state, xs, dy) = weights(), sequence(tokens=64)
 
     def temporary(f, *args):
@@ -134,7 +135,10 @@ def test_memory():
     ]
     saved = STEPS * 64 * K * 4  # bytes of one number for each feature of each step
     assert temporary(pulls[1], w, state, xs) < temporary(pulls[0], w, state, xs) - 3 * saved
-    agree(*(jax.jit(pull)(w, state, xs) for pull in pulls), rtol=1e-6)
+    # sums over steps and tokens of terms that were rounded some 13 times in each step before
+    roundings = (STEPS * 64) * (STEPS * 13)
+    error = float(jnp.finfo(jnp.float32).eps) * roundings**0.5
+    agree(*(jax.jit(pull)(w, state, xs) for pull in pulls), rtol=error)
 
 
 def test_leaves_nothing_behind():
