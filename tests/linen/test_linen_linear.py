@@ -211,7 +211,7 @@ def test_created_with_a_traced_pattern():
 
     x = inputs()
     want = layer().init_with_output(KEY, x)[0]
-    np.testing.assert_array_equal(jax.jit(forward)(p(), x), want)
+    assert_close(jax.jit(forward)(p(), x), np.asarray(want), IN)  # another program, other roundings
 
 
 # ---------------------------------------------------------------- flax.serialization and tabulate
