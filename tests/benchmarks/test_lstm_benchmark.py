@@ -49,6 +49,7 @@ def test_wrong_cells_have_no_speed(monkeypatch):
     assert next(lstm.table(record)).startswith("refused: differs")
 
 
+@pytest.mark.usefixtures("quick_compilations")
 def test_command(tmp_path, capsys):
     """One line for each part, with the machine, the sizes and the ratios."""
     path = tmp_path / "lstm.jsonl"

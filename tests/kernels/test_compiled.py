@@ -96,9 +96,8 @@ def test_output_blocks_that_share_what_is_read(side):
     compiles((side, side), 8192, bf16, 0.5)
 
 
-@pytest.mark.parametrize(
-    "side", [64, *(pytest.param(s, marks=pytest.mark.slow) for s in (16, 128))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("side", [16, 64, 128])
 def test_programs_that_share_what_is_read(side, monkeypatch):
     """As the tuner tries them: 128 tokens by 256 features for each of two programs."""
     heuristic = config.for_matmul

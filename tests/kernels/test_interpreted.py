@@ -68,13 +68,17 @@ def conforms(case, dtype=jnp.bfloat16, *, transpose=False):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name == "tall" else ()) for name in CASES]
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("tall", "many tokens") else ())
+        for name in CASES
+    ],
 )
 def test_matmul_and_its_derivatives(name):
     conforms(CASES[name])
 
 
-@pytest.mark.parametrize("name", ["hub, spare", "wide"])
+@pytest.mark.parametrize("name", ["hub, spare", pytest.param("wide", marks=pytest.mark.slow)])
 def test_transposed(name):
     conforms(CASES[name], transpose=True)
 
@@ -103,7 +107,7 @@ GROUPS = {
     ("name", "columns"),
     [
         ("pairs, one left", 2),
-        ("fours, ragged", 4),
+        pytest.param("fours, ragged", 4, marks=pytest.mark.slow),
         pytest.param("pairs, one left", 4, marks=pytest.mark.slow),
         pytest.param("fours, ragged", 2, marks=pytest.mark.slow),
         pytest.param("all alike", 4, marks=pytest.mark.slow),

@@ -9,6 +9,7 @@ import pytest
 from bsjax import patterns
 from pallas_kernels import lists
 
+pytestmark = pytest.mark.usefixtures("quick_compilations")
 SHAPES = [(1, 1), (3, 2), (2, 5), (4, 7)]  # shapes compile, so they are few
 
 
