@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from models import _augment as pictures
@@ -41,12 +40,17 @@ def settings(config: Any, job: Job, digest: str) -> dict[str, Any]:
     return {**flags, "model": job.name, "seed": job.seed, "data": digest}
 
 
+def schedule(config: Any, data: Data) -> net.Training:
+    """Of all epochs."""
+    return config.training(config.epochs * (len(data.images.train.y) // config.batch))
+
+
 def train(config: Any, job: Job, data: Data) -> dict[str, Any] | None:
     """The result of one network, or None after Ctrl-C. Goes on from its checkpoint with
     `resume`."""
     images, moments = data.images, data.moments
     per_epoch = len(images.train.y) // config.batch
-    training = config.training(config.epochs * per_epoch)
+    training = schedule(config, data)
     graph, state = net.start(job.size, training, images.train.x.shape[-1], CLASSES, job.seed)
     about = {**cli.fixed(config), "model": job.name, "seed": job.seed, "images": images.digest}
     folder = f"{job.name.replace(' ', '-')}-{job.seed}"
@@ -130,9 +134,10 @@ def result(
 
 
 def step_times(config: Any, sizes: Mapping[str, Size], data: Data) -> dict[str, np.ndarray]:
-    """Seconds of training steps of fresh networks on one batch, in rounds."""
-    x, y = (jnp.asarray(a[: config.batch]) for a in data.images.train)
-    training = config.training(config.rounds + 1)
+    """Seconds of training steps of fresh networks on one batch, in rounds; by the programs that
+    trained them, which are not compiled again."""
+    x, y = (a[: config.batch] for a in data.images.train)
+    training = schedule(config, data)
 
     def stepping(size: Size) -> Callable[[], Any]:
         graph, state = net.start(size, training, x.shape[-1], CLASSES, config.seed)

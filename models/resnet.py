@@ -209,6 +209,7 @@ def main(argv: list[str] | None = None) -> int:
     if config.rounds:
         alone = list(contenders.values())[-1]
         beside = {} if "dense" in contenders else {"dense, not trained": plan.dense(alone)}
+        print(f"Timing {config.rounds} steps of each network ...")
         seconds = step_times(config, contenders | beside, data)
     report(config, data.images.about, contenders, results, seconds, where)
     return 0

@@ -95,8 +95,7 @@ def fold_batch_norm[L: (BlockConv, BlockLinear)](layer: L, norm: nnx.BatchNorm) 
     be folded, since the zeros of the padding are not normalised: a `TypeError`, as is anything else
     in the place of the two; nor can it be where there is an activation between them.
     """
-    kinds = (BlockConv, BlockLinear)
-    _conv_layer.check_foldable(layer, norm, kinds, nnx.BatchNorm)
+    _conv_layer.check_foldable(layer, norm, (BlockConv, BlockLinear), nnx.BatchNorm)
     _conv_layer.check_normalised(layer.out_features, norm.num_features)
     bias, scale, offset = (
         None if one is None else one[...] for one in (layer.bias, norm.scale, norm.bias)

@@ -17,7 +17,7 @@ bf16, f16, f32 = jnp.bfloat16, jnp.float16, jnp.float32
 
 def theirs(one):
     """On the CPU: what cuDNN takes for float32 and windows of 3 x 3 may be Winograd's algorithm,
-    which errs by more than the tolerance."""
+    whose errors the tolerance does not know."""
     return conv.theirs(one._replace(x=jax.device_put(one.x, jax.devices("cpu")[0])))
 
 
